@@ -1,4 +1,4 @@
-"""How long work reports progress. A protocol without output of its own: the command line renders."""
+"""How long work reports progress: a protocol with no output of its own (the CLI renders it)."""
 
 from __future__ import annotations
 

