@@ -1,0 +1,147 @@
+"""What the user sees: tables on stdout, progress on stderr, no colour codes in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from prunec.errors import ExportError
+from prunec.events import Task
+
+PIPE_WIDTH = 120
+
+
+class _Bar:
+    """A `events.Task` drawn as one rich progress bar."""
+
+    def __init__(self, bars: Bars, description: str, total: int | None) -> None:
+        self._bars = bars
+        self._id = bars.add_task(description, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        self._bars.advance(self._id, n)
+
+    def update(self, description: str) -> None:
+        self._bars.update(self._id, description=description)
+
+    def close(self) -> None:
+        self._bars.remove_task(self._id)
+
+
+class Screen:
+    """The terminal, as an `events.Progress` that also prints tables and remembers seconds.
+
+    With `json` the JSON has stdout to itself and tables go to stderr. `quiet` leaves only errors
+    and the JSON. `seconds` holds each outermost step in the order they ended.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: str | None = None) -> None:
+        self.quiet = quiet
+        self.seconds: dict[str, float] = {}
+        self._json = json
+        self._depth = 0
+        self._out = _console(stderr=json == "-", quiet=quiet)
+        self._err = _console(stderr=True, quiet=quiet)
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._err,
+            transient=True,
+            disable=quiet or not self._err.is_terminal,
+        )
+        if json is not None:
+            _check_json_target(json)
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Task]:
+        bar = _Bar(self._bars, description, total)
+        started = time.perf_counter()
+        if self._depth == 0:
+            self._bars.start()
+        self._depth += 1
+        try:
+            yield bar
+        finally:
+            self._depth -= 1
+            bar.close()
+            if self._depth == 0:
+                self._bars.stop()
+        if self._depth == 0:
+            seconds = time.perf_counter() - started
+            self.seconds[description] = self.seconds.get(description, 0.0) + seconds
+            self._err.print(f"{description}: {seconds:.1f} s", style="dim")
+
+    def message(self, text: str) -> None:
+        self._err.print(text)
+
+    def say(self, text: str = "") -> None:
+        """One paragraph of the result. `text` is printed as it is, without rich markup."""
+        self._out.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column is words and whose other columns are figures."""
+        table = Table(title=title, title_justify="left")
+        for position, column in enumerate(columns):
+            table.add_column(column, justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._out.print(table)
+
+    def timings(self) -> None:
+        """How long each step took."""
+        rows = [[step, f"{seconds:.1f}"] for step, seconds in self.seconds.items()]
+        rows.append(["all", f"{sum(self.seconds.values()):.1f}"])
+        self.table("Seconds", ["step", "s"], rows)
+
+    def write_json(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Write `value` where ``--json`` said, if it did: a file, or ``-`` for stdout."""
+        if self._json is None:
+            return
+        text = json.dumps(value, indent=2) + "\n"
+        if self._json == "-":
+            sys.stdout.write(text)
+        else:
+            write_text(Path(self._json), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _console(*, stderr: bool, quiet: bool) -> Console:
+    console = Console(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def _check_json_target(target: str) -> None:
+    """Fail before the work, not after it."""
+    if target != "-" and not Path(target).absolute().parent.is_dir():
+        raise ExportError(f"no such directory: {Path(target).parent}", where=f"--json {target}")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prunec.cli.console import Screen, write_text
+from prunec.errors import ExportError
+
+
+def test_a_pipe_gets_words_and_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    with screen.task("score", total=2) as task:
+        task.advance()
+        task.update("score layer 1")
+    screen.table("Result", ["", "before"], [["parameters", "134.5 M"]])
+    screen.say("[not markup]")
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert err.startswith("score: 0.")
+    assert "134.5 M" in out
+    assert "[not markup]" in out
+
+
+def test_seconds_are_kept_for_outermost_steps_that_ended() -> None:
+    screen = Screen(quiet=True)
+    with screen.task("outer"), screen.task("inner"):
+        pass
+    with pytest.raises(ZeroDivisionError), screen.task("failed"):
+        1 / 0  # noqa: B018
+    with screen.task("outer"):
+        pass
+    assert list(screen.seconds) == ["outer"]
+
+
+def test_json_has_stdout_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(json="-")
+    with screen.task("score"):
+        pass
+    screen.table("Result", ["", "before"], [["parameters", "134.5 M"]])
+    screen.write_json({"perplexity": 1.5})
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"perplexity": 1.5}
+    assert "134.5 M" in err
+
+
+def test_quiet_leaves_only_the_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    screen = Screen(quiet=True, json=str(tmp_path / "result.json"))
+    with screen.task("score"):
+        screen.message("downloading")
+    screen.say("text")
+    screen.timings()
+    screen.write_json([1])
+    assert capsys.readouterr() == ("", "")
+    assert json.loads((tmp_path / "result.json").read_text()) == [1]
+
+
+def test_a_json_target_that_cannot_be_written_fails_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no such directory"):
+        Screen(json=str(tmp_path / "absent" / "result.json"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    target.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(target, "new \udcff")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
