@@ -1,0 +1,85 @@
+"""What a criterion is asked: which units of one site go first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+Axis = tuple[str, int]
+"""A member of a group: a parameter's name and one of its axes."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSet:
+    """The units of one group, seen from one site.
+
+    A group with companions has one row of units per companion index: which units go may differ
+    from row to row, how many may not. A group without companions has one row.
+
+    Attributes:
+        group: Stable name of the group.
+        companions: Groups that are major to this one everywhere, outermost first.
+        columns: ``[C, U, width]``: the columns of the site's weight that read unit ``u`` under the
+            companion index ``c`` (flattened, row-major). No column occurs twice.
+        positions: Per member, ``[C, U, width']`` positions of each unit on that axis.
+        minimum: Units that must stay in every row, at least 1.
+    """
+
+    group: str
+    companions: tuple[str, ...]
+    columns: IntArray
+    positions: Mapping[Axis, IntArray]
+    minimum: int
+
+    def __post_init__(self) -> None:
+        assert self.columns.ndim == 3, f"{self.group}: columns are [C, U, width]"
+        assert self.columns.size, f"{self.group}: no columns"
+        assert self.companions or self.rows == 1, f"{self.group}: rows without companions"
+        assert 1 <= self.minimum <= self.units, f"{self.group}: minimum {self.minimum}"
+        assert len(np.unique(self.columns)) == self.columns.size, f"{self.group}: column twice"
+        for member, positions in self.positions.items():
+            assert positions.shape[:2] == self.columns.shape[:2], f"{self.group}: {member}"
+
+    @property
+    def rows(self) -> int:
+        """C, the number of companion indices."""
+        return int(self.columns.shape[0])
+
+    @property
+    def units(self) -> int:
+        """U, the number of units in each row."""
+        return int(self.columns.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class SiteProblem:
+    """One site: the place where the units of its groups are last read.
+
+    Attributes:
+        name: Where it is, in the user's words; errors and log lines name it.
+        weight: ``[out, columns]``, the weight that reads the units, input axis last.
+        unit_sets: The groups to choose from, such as a single ``ffn_channel``, or ``kv_group``
+            and ``query_head`` with companion ``kv_group``.
+        parameters: Every member parameter of these groups by name, for scores from weights.
+        size: Parameters that the site's groups hold at the given numbers of units, one number per
+            group; exact, and never less for more units.
+    """
+
+    name: str
+    weight: Tensor
+    unit_sets: tuple[UnitSet, ...]
+    parameters: Mapping[str, Tensor]
+    size: Callable[[Mapping[str, int]], int]
+
+    def __post_init__(self) -> None:
+        assert self.weight.ndim == 2, f"{self.name}: the weight is [out, columns]"
+        for unit_set in self.unit_sets:
+            assert unit_set.columns.max() < self.weight.shape[1], f"{self.name}: {unit_set.group}"

@@ -1,0 +1,203 @@
+"""Statistics of a site's input: streaming collectors, declared by name by the criteria.
+
+A collector lives from its first batch to :meth:`Collector.finish`. Everything is an average per
+token, so that curves of different sites and calibration sizes are in one unit, and is accumulated
+in fp64 whatever the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prunec.errors import PlanError, VerifyError
+
+# fp32 sums over more tokens than this would lose digits that the fp64 total could keep.
+_BLOCK_TOKENS = 4096
+# Only the upper triangle of a Gram matrix is computed, in strips of about this many columns.
+_STRIP_COLUMNS = 256
+
+
+class Collector(Protocol):
+    """One statistic of one site's input while the batches stream by."""
+
+    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Take in one batch.
+
+        Args:
+            x: ``[tokens, columns]`` or ``[..., columns]``, the input of the site, not changed.
+            weight: ``[tokens]`` or ``[...]``: a bool mask, or how much each token counts. What a
+                token of weight 0 holds, NaN included, does not matter.
+
+        Raises:
+            VerifyError: NaN or Inf in a token that counts; names the site and the batch.
+        """
+
+    def finish(self) -> Tensor:
+        """The statistic, fp64.
+
+        Raises:
+            VerifyError: no token counted.
+        """
+
+
+class _Collector:
+    """Counts batches and tokens, and hands each batch on as fp32 or fp64 blocks of tokens."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+        self.batches = 0
+        self.tokens = 0.0
+
+    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
+        x = x.detach().flatten(0, -2)
+        if weight is not None:
+            weight = weight.detach().flatten()
+            counts = weight > 0
+            x = x[counts]
+            weight = None if weight.dtype == torch.bool else weight[counts].double()
+        self.batches += 1
+        self.tokens += len(x) if weight is None else float(weight.sum())
+        for first in range(0, len(x), _BLOCK_TOKENS):
+            block = x[first : first + _BLOCK_TOKENS]
+            if block.dtype != torch.float64:
+                block = block.float()
+            self.add(block, None if weight is None else weight[first : first + _BLOCK_TOKENS])
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def check(self, sums: Tensor) -> None:
+        """Raise where a batch left NaN or Inf in `sums`, in which every column takes part."""
+        if bool(sums.isfinite().all()):
+            return
+        column = int((~sums.isfinite()).nonzero()[0, -1])
+        raise VerifyError(
+            f"NaN or Inf in calibration batch {self.batches - 1}",
+            where=f"the input of {self.site}, column {column}",
+            fix="run the model in a wider dtype (--dtype float32), or drop that text",
+        )
+
+    def per_token(self, total: Tensor | None) -> Tensor:
+        if total is None or self.tokens <= 0:
+            raise VerifyError(
+                "no calibration token reached a site",
+                where=self.site,
+                fix="give more calibration text, or look at the token mask",
+            )
+        return total / self.tokens
+
+
+class InputGram(_Collector):
+    """``E[x x^T]``, ``[columns, columns]``: products in fp32, sums in fp64."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self._total: Tensor | None = None
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        if weight is not None:
+            x = x * weight.sqrt().to(x.dtype)[:, None]
+        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            x = x.double()
+        columns = x.shape[1]
+        if self._total is None:
+            self._total = torch.zeros(columns, columns, dtype=torch.float64, device=x.device)
+        if not bool((x * x).sum().isfinite()):
+            # Squares of finite activations can overflow fp32; NaN and Inf are found below.
+            x = x.double()
+        for first in range(0, columns, _STRIP_COLUMNS):
+            strip = x[:, first : first + _STRIP_COLUMNS]
+            self._total[first : first + _STRIP_COLUMNS, first:] += strip.T @ x[:, first:]
+        self.check(self._total.diagonal())
+
+    def finish(self) -> Tensor:
+        gram = self.per_token(self._total)
+        self._total = None
+        # Blocks on the diagonal are full, so mirror only what lies above it.
+        return gram.triu_().add_(gram.triu(1).T)
+
+
+class InputMean(_Collector):
+    """``E[x]``, ``[columns]``."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self._total: Tensor | None = None
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        total = x.sum(dim=0, dtype=torch.float64) if weight is None else weight @ x.double()
+        self._total = total if self._total is None else self._total + total
+        self.check(self._total)
+
+    def finish(self) -> Tensor:
+        return self.per_token(self._total)
+
+
+class InputSquare(_Collector):
+    """``E[x^2]``, ``[columns]``, the diagonal of the Gram matrix without the matrix."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self._total: Tensor | None = None
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        squares = x.double().square()
+        total = squares.sum(dim=0) if weight is None else weight @ squares
+        self._total = total if self._total is None else self._total + total
+        self.check(self._total)
+
+    def finish(self) -> Tensor:
+        return self.per_token(self._total)
+
+
+class InputVariance(_Collector):
+    """``E[(x - E[x])^2]``, ``[columns]``, by Chan's update, which does not cancel."""
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self._seen = 0.0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        x = x.double()
+        if weight is None:
+            weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
+        here = float(weight.sum())
+        mean = weight @ x / here
+        squares = weight @ (x - mean).square()
+        if self._mean is None or self._squares is None:
+            self._mean, self._squares = mean, squares
+        else:
+            step = mean - self._mean
+            total = self._seen + here
+            self._mean = self._mean + step * (here / total)
+            self._squares += squares + step.square() * (self._seen * here / total)
+        self._seen += here
+        self.check(self._squares)
+
+    def finish(self) -> Tensor:
+        return self.per_token(self._squares)
+
+
+STATISTICS: Mapping[str, Callable[[str], Collector]] = {
+    "input_gram": InputGram,
+    "input_mean": InputMean,
+    "input_square": InputSquare,
+    "input_var": InputVariance,
+}
+
+
+def collector(name: str, *, site: str) -> Collector:
+    """A new collector of the statistic `name` for a site.
+
+    Raises:
+        PlanError: no statistic has that name.
+    """
+    if name not in STATISTICS:
+        raise PlanError(f"no statistic named {name!r}", fix=f"there are: {', '.join(STATISTICS)}")
+    return STATISTICS[name](site)
