@@ -1,0 +1,1 @@
+"""What changes a program: plans, allocation, compensation, slicing, and what joins them."""
