@@ -1,0 +1,1 @@
+"""IR and analysis: programs, dims, couplings, costs, and running a program as a stream."""

@@ -1,0 +1,287 @@
+"""Which slices of which weights must go together: the coupling graph and its groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from itertools import groupby
+from os.path import commonprefix
+
+import networkx as nx
+
+from prunec.errors import PlanError
+from prunec.graph.dims import Dim
+from prunec.graph.kinds import infer_kinds
+from prunec.graph.program import Program, source_line
+from prunec.graph.propagate import Layout, propagate
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """One axis of one parameter that a group's units occupy."""
+
+    parameter: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A leaf Dim that can lose units, and every parameter axis that loses them with it.
+
+    Attributes:
+        name: stable across runs, shapes and processes: ``<module path>/<kind>``.
+        kind: what a unit is (ffn_channel, query_head, kv_group, head, hidden, ...), for display
+            and defaults only.
+        dim: the leaf.
+        members: the parameter axes, in the order of the model.
+        companions: groups that are major to this one everywhere: which units go may differ from
+            one companion unit to the next, in equal number.
+        minimum: how many units must stay.
+        normalised: a mean, norm or top-k runs over the units, so that removing one is not the
+            same as zeroing it.
+        block: the repeated block it lies in ("model.layers.3"), None where it spans several.
+    """
+
+    name: str
+    kind: str
+    dim: Dim
+    members: tuple[Member, ...]
+    companions: tuple[str, ...]
+    minimum: int
+    normalised: bool
+    block: str | None
+
+    @property
+    def size(self) -> int:
+        return self.dim.size
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A parameter axis (or part of one) that cannot be pruned, and why."""
+
+    parameter: str
+    axis: int
+    size: int
+    reason: str
+    where: str
+
+
+class CouplingGraph:
+    """The groups of a program, what is pinned, and the graph of axes that they are components of."""
+
+    def __init__(self, program: Program, layout: Layout):
+        self.program = program
+        self.layout = layout
+        self.groups = _groups(program, layout)
+        self._by_name = {group.name: group for group in self.groups}
+        self.by_dim = {group.dim: group for group in self.groups}
+
+    def __getitem__(self, name: str) -> Group:
+        """The group of that name.
+
+        Raises:
+            PlanError: naming the nearest groups if there is none.
+        """
+        if name not in self._by_name:
+            near = get_close_matches(name, self._by_name, n=3, cutoff=0.5)
+            raise PlanError(
+                f"the model has no group {name!r}",
+                fix=f"nearest: {', '.join(near)}" if near else "prunec analyze lists the groups",
+            )
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def pinned(self) -> tuple[Pinned, ...]:
+        """Every parameter axis that holds a pinned leaf, with the first reason and source line."""
+        nodes = {node.name: node for node in self.program.graph.nodes}
+        found: list[Pinned] = []
+        for name in self._parameters():
+            for axis, dim in enumerate(self.layout.parameters[name]):
+                for leaf in dim.leaves():
+                    note = next((n for n in leaf.notes if n.kind == "pinned"), None)
+                    if note is not None and leaf.size > 1:
+                        where = source_line(nodes[note.node]) if note.node in nodes else ""
+                        found.append(Pinned(name, axis, leaf.size, note.reason, where))
+        return tuple(found)
+
+    def _parameters(self) -> list[str]:
+        return [name for name in self.layout.parameters if name in self.program.parameters]
+
+    @cached_property
+    def graph(self) -> nx.Graph[str]:
+        """Nodes are axes of parameters and values; edges tie axes that share a leaf in one call.
+
+        Node attributes: ``owner`` (parameter or node name), ``axis``, ``size``, ``dims`` (its
+        structure as text), ``groups`` (names). Edge attribute: ``op``.
+        """
+        return _axis_graph(self)
+
+
+def couple(program: Program, *, strict: bool = False) -> CouplingGraph:
+    """Work out from the graph which slices of which weights must go together.
+
+    Args:
+        strict: raise MissingRule where an operator has no dim rule, instead of pinning.
+    """
+    return CouplingGraph(program, propagate(program, strict=strict))
+
+
+_BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
+
+
+def block_of(name: str) -> str | None:
+    """The outermost indexed module on a path: ``model.layers.3.mlp`` -> ``model.layers.3``."""
+    match = _BLOCK.match(name)
+    return match.group() if match else None
+
+
+def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Parameter names by repeated block, in model order; names outside any block are left out."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        block = block_of(name)
+        if block is not None:
+            blocks.setdefault(block, []).append(name)
+    return blocks
+
+
+def _groups(program: Program, layout: Layout) -> tuple[Group, ...]:
+    members: dict[Dim, list[Member]] = {}
+    for name, dims in layout.parameters.items():
+        for axis, dim in enumerate(dims):
+            for leaf in dim.leaves():
+                members.setdefault(leaf, []).append(Member(name, axis))
+    free = [
+        leaf
+        for leaf, places in members.items()
+        if leaf.size > 1
+        and not _is_pinned(leaf)
+        and any(place.parameter in program.parameters for place in places)
+    ]
+    companions = {leaf: _companions(leaf, members[leaf], layout) for leaf in free}
+    kinds = infer_kinds(program, layout, free, members, companions)
+    names = _names(free, members, kinds)
+    return tuple(
+        Group(
+            name=names[leaf],
+            kind=kinds[leaf],
+            dim=leaf,
+            members=tuple(members[leaf]),
+            companions=tuple(names[c] for c in companions[leaf] if c in names),
+            minimum=leaf.minimum,
+            normalised=leaf.has("normalised") or leaf.has("ranked"),
+            block=_common_block(members[leaf]),
+        )
+        for leaf in free
+    )
+
+
+def _is_pinned(leaf: Dim) -> bool:
+    return leaf.has("pinned") or (leaf.has("numbered") and leaf.has("indexed"))
+
+
+def _names(
+    leaves: Sequence[Dim], members: Mapping[Dim, Sequence[Member]], kinds: Mapping[Dim, str]
+) -> dict[Dim, str]:
+    names: dict[Dim, str] = {}
+    used: dict[str, int] = {}
+    for leaf in leaves:
+        path = common_path([member.parameter for member in members[leaf]])
+        name = f"{path}/{kinds[leaf]}" if path else kinds[leaf]
+        used[name] = used.get(name, 0) + 1
+        names[leaf] = name if used[name] == 1 else f"{name}#{used[name]}"
+    return names
+
+
+def common_path(parameters: Sequence[str]) -> str:
+    """The innermost module that holds all these parameters."""
+    return ".".join(commonprefix([name.split(".")[:-1] for name in parameters]))
+
+
+def _common_block(members: Sequence[Member]) -> str | None:
+    blocks = {block_of(member.parameter) for member in members}
+    return blocks.pop() if len(blocks) == 1 else None
+
+
+def _companions(leaf: Dim, members: Sequence[Member], layout: Layout) -> tuple[Dim, ...]:
+    """Leaves major to this one wherever it occurs, and present in every tensor that carries it."""
+    shared: list[Dim] | None = None
+    for member in members:
+        for major in _majors(layout.parameters[member.parameter][member.axis], leaf):
+            shared = major if shared is None else [dim for dim in shared if dim in major]
+    if not shared:
+        return ()
+    for values in layout.values.values():
+        for value in values:
+            leaves = {found for dim in value.dims for found in dim.leaves()}
+            if leaf in leaves:
+                shared = [dim for dim in shared if dim in leaves]
+    return tuple(dim for dim in shared if not _is_pinned(dim))
+
+
+def _majors(dim: Dim, leaf: Dim) -> Iterator[list[Dim]]:
+    """Per occurrence of ``leaf`` below ``dim``: the leaves that are major to it there."""
+    root = dim.root
+    if root is leaf:
+        yield []
+    before: list[Dim] = []
+    for part in root.parts:
+        for deeper in _majors(part, leaf):
+            yield [*before, *deeper]
+        if root.form == "product":
+            before += part.leaves()
+
+
+def _axis_graph(coupling: CouplingGraph) -> nx.Graph[str]:
+    layout, graph = coupling.layout, nx.Graph()
+    owners: dict[str, tuple[Dim, ...]] = dict(layout.parameters)
+    bindings = coupling.program.bindings
+    names = {node: bindings.get(node.name, node.name) for node in layout.values}
+    for node, values in layout.values.items():
+        owners.setdefault(names[node], values[0].dims)
+    for owner, dims in owners.items():
+        for axis, dim in enumerate(dims):
+            groups = [coupling.by_dim[leaf].name for leaf in dim.leaves() if leaf in coupling.by_dim]
+            graph.add_node(
+                f"{owner}[{axis}]",
+                owner=owner,
+                axis=axis,
+                size=dim.size,
+                dims=dim.describe(),
+                groups=groups,
+            )
+    for node in layout.values:
+        if node.op == "call_function":
+            touched = [names[n] for n in (*node.all_input_nodes, node) if n in layout.values]
+            _tie(graph, coupling, owners, dict.fromkeys(touched), str(node.target))
+    return graph
+
+
+def _tie(
+    graph: nx.Graph[str],
+    coupling: CouplingGraph,
+    owners: Mapping[str, tuple[Dim, ...]],
+    touched: Mapping[str, None],
+    op: str,
+) -> None:
+    """Edges between the axes of one call that share a group's leaf."""
+    carriers = [
+        (leaf.label, id(leaf), f"{owner}[{axis}]")
+        for owner in touched
+        for axis, dim in enumerate(owners[owner])
+        for leaf in dim.leaves()
+        if leaf in coupling.by_dim
+    ]
+    carriers.sort()
+    for _, found in groupby(carriers, key=lambda item: item[1]):
+        axes = [axis for _, _, axis in found]
+        for other in axes[1:]:
+            if other != axes[0]:
+                graph.add_edge(axes[0], other, op=op)

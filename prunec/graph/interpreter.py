@@ -1,0 +1,190 @@
+"""Run a program over many batches at once, stopping where a decision is due.
+
+Layer-wise pruning needs the inputs of each site after everything before it was pruned. A Stream
+keeps the live values of every batch, advances all of them to the next site, and when units are
+removed it slices the live values that carry them: time linear in depth, for any architecture,
+without a hook or a list of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from prunec.errors import TraceError, VerifyError
+from prunec.graph.program import Program, source_line
+from prunec.graph.propagate import Layout
+from prunec.graph.resize import ResizedCall, resized_call
+from prunec.graph.selection import Selection
+
+Environment = dict[fx.Node, Any]
+Visitor = Callable[[int, Tensor], None]
+
+
+class Stream:
+    """All calibration batches on their way through one program.
+
+    Args:
+        batches: inputs by name, each of the traced shapes.
+        weight: gives the present tensor of a parameter, buffer or constant by canonical name,
+            already at the size that the present selection leaves.
+        device: where values are computed; live values of batches wait on ``storage``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        layout: Layout,
+        batches: Sequence[Mapping[str, Tensor]],
+        weight: Callable[[str], Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        selection: Selection | None = None,
+    ):
+        self.program = program
+        self.layout = layout
+        self.selection = selection or Selection()
+        self._weight = weight
+        self._device = torch.device(device)
+        self._nodes = [node for node in program.graph.nodes if node.op != "output"]
+        self._position = {node: i for i, node in enumerate(self._nodes)}
+        self._last_use = self._find_last_uses()
+        self._cursor = 0
+        self._shared: Environment = {}
+        self._live = [self._start(batch) for batch in batches]
+
+    def _start(self, batch: Mapping[str, Tensor]) -> Environment:
+        self.program.check_inputs(batch)
+        names = self.program.inputs
+        return {
+            node: batch[names[node.name]].to(self._device)
+            for node in self._nodes
+            if node.op == "placeholder" and node.name in names
+        }
+
+    def _find_last_uses(self) -> dict[fx.Node, int]:
+        last: dict[fx.Node, int] = {}
+        for i, node in enumerate(self._nodes):
+            for source in node.all_input_nodes:
+                last[source] = i
+        for output in self.program.graph.find_nodes(op="output"):
+            for source in output.all_input_nodes:
+                last[source] = len(self._nodes)
+        return last
+
+    def advance(self, stop: fx.Node, operand: fx.Node, visit: Visitor) -> None:
+        """Run every batch up to, not including, ``stop``; show each its value of ``operand``.
+
+        Raises:
+            VerifyError: if a batch produces NaN or Inf there, naming the node.
+        """
+        end = self._position[stop]
+        segment = self._nodes[self._cursor : end]
+        with torch.no_grad():
+            self._run_shared(segment)
+            calls = self._calls(segment)
+            for number, live in enumerate(self._live):
+                self._run(segment, live, calls)
+                visit(number, self._checked(live, operand, number))
+        self._drop_shared(end)
+        self._cursor = end
+
+    def finish(self) -> Iterator[Tensor]:
+        """Run every batch to the end; yields the program's first output for each."""
+        segment = self._nodes[self._cursor :]
+        (output,) = self.program.graph.find_nodes(op="output")
+        result = output.args[0][0]
+        with torch.no_grad():
+            self._run_shared(segment)
+            calls = self._calls(segment)
+            for live in self._live:
+                self._run(segment, live, calls)
+                yield live[result] if result in live else self._shared[result]
+                live.clear()
+        self._cursor = len(self._nodes)
+
+    def select(self, selection: Selection) -> None:
+        """Remove units: every live value that carries them is sliced."""
+        before, self.selection = self.selection, selection
+        for live in (self._shared, *self._live):
+            for node, value in live.items():
+                live[node] = self._slice(node, value, before)
+
+    def _slice(self, node: fx.Node, value: Any, before: Selection) -> Any:
+        dims = [v.dims for v in self.layout.values.get(node, [])]
+        if isinstance(value, Tensor):
+            return self.selection.take(value, dims[0], before) if dims else value
+        if isinstance(value, (list, tuple)):
+            return [
+                self.selection.take(item, item_dims, before)
+                for item, item_dims in zip(value, dims, strict=True)
+            ]
+        return value
+
+    def _run_shared(self, segment: Sequence[fx.Node]) -> None:
+        """What depends on weights and constants only is computed once for all batches.
+
+        Weights are read where they are used, so that none outlives its call.
+        """
+        for node in segment:
+            if node in self.layout.data or node.op != "call_function":
+                continue
+            call = resized_call(node, self.layout, self.selection)
+            self._shared[node] = self._execute(call, self._shared)
+
+    def _drop_shared(self, end: int) -> None:
+        for node in [n for n in self._shared if self._last_use.get(n, -1) < end]:
+            del self._shared[node]
+
+    def _calls(self, segment: Sequence[fx.Node]) -> dict[fx.Node, ResizedCall]:
+        return {
+            node: resized_call(node, self.layout, self.selection)
+            for node in segment
+            if node.op == "call_function" and node in self.layout.data
+        }
+
+    def _run(
+        self, segment: Sequence[fx.Node], live: Environment, calls: Mapping[fx.Node, ResizedCall]
+    ) -> None:
+        for node in segment:
+            call = calls.get(node)
+            if call is None:
+                continue
+            live[node] = self._execute(call, live)
+            for source in node.all_input_nodes:
+                if self._last_use[source] <= self._position[node]:
+                    live.pop(source, None)
+
+    def _execute(self, call: ResizedCall, live: Environment) -> Any:
+        def fetch(node: fx.Node) -> Any:
+            if node in live:
+                return live[node]
+            if node in self._shared:
+                return self._shared[node]
+            name = self.program.bindings.get(node.name)
+            if name is None:
+                raise TraceError(f"the value of {node.name} is gone", where=source_line(node))
+            return self._weight(name).to(self._device)
+
+        args = fx.map_arg(call.args, fetch)
+        kwargs = fx.map_arg(call.kwargs, fetch)
+        result = call.target(*args, **kwargs)
+        if call.select and isinstance(result, Tensor):
+            return self.selection.take(result, self.layout.dims(call.node))
+        return result
+
+    def _checked(self, live: Environment, operand: fx.Node, number: int) -> Tensor:
+        value = live[operand] if operand in live else self._shared[operand]
+        if not bool(torch.isfinite(value).all()):
+            raise VerifyError(
+                f"NaN or Inf in {operand.name} for calibration batch {number}",
+                where=source_line(operand),
+                fix="check the weights and the calibration data, or compute in float32",
+            )
+        assert isinstance(value, Tensor)
+        return value
+
+

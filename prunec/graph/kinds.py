@@ -1,0 +1,109 @@
+"""What the units of a leaf are called, told from their role in the graph, never from a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import fx
+
+from prunec.graph.dims import Dim
+from prunec.graph.program import Program
+from prunec.graph.propagate import Layout
+
+
+class Place(Protocol):
+    """A parameter axis (see coupling.Member)."""
+
+    @property
+    def parameter(self) -> str: ...
+    @property
+    def axis(self) -> int: ...
+
+
+def infer_kinds(
+    program: Program,
+    layout: Layout,
+    leaves: Sequence[Dim],
+    members: Mapping[Dim, Sequence[Place]],
+    companions: Mapping[Dim, Sequence[Dim]],
+) -> dict[Dim, str]:
+    """A kind for every leaf.
+
+    The roles that decide: ranked by a top-k (expert), on the sum of a residual branch (hidden),
+    batched in attention and broadcast over keys (query_head) or not (kv_group, head), contracted
+    between queries and keys (rope_pair, qk_dim), carried from values to the output (value_dim),
+    a channel of a convolution, else a channel between two linears.
+    """
+    residual = residual_leaves(program, layout)
+    shared = {
+        leaf for leaf in leaves if leaf.has("head") and leaf.has("shared") and leaf not in residual
+    }
+    grouped = {major for leaf in shared for major in companions[leaf]}
+    kinds: dict[Dim, str] = {}
+    for leaf in leaves:
+        if leaf.has("ranked"):
+            kinds[leaf] = "expert"
+        elif leaf in residual:
+            kinds[leaf] = "hidden"
+        elif leaf in shared:
+            kinds[leaf] = "query_head"
+        elif leaf.has("head"):
+            kinds[leaf] = "kv_group" if leaf in grouped else "head"
+        elif leaf.has("score"):
+            kinds[leaf] = _score_kind(leaf, layout, members[leaf])
+        elif leaf.has("value"):
+            kinds[leaf] = "value_dim"
+        elif leaf.has("channel"):
+            kinds[leaf] = "conv_channel"
+        else:
+            kinds[leaf] = "ffn_channel"
+    return kinds
+
+
+def _score_kind(leaf: Dim, layout: Layout, places: Sequence[Place]) -> str:
+    if leaf.has("value"):
+        return "head_dim"
+    halves = any(
+        _in_two_halves(layout.parameters[place.parameter][place.axis], leaf) for place in places
+    )
+    return "rope_pair" if halves else "qk_dim"
+
+
+def _in_two_halves(dim: Dim, leaf: Dim) -> bool:
+    """Whether the leaf is two segments of one sum by itself, as the halves of a rotation are."""
+    root = dim.root
+    if root.form == "sum" and sum(part is leaf for part in root.parts) > 1:
+        return True
+    return any(_in_two_halves(part, leaf) for part in root.parts)
+
+
+def residual_leaves(program: Program, layout: Layout) -> set[Dim]:
+    """Leaves on a residual stream: axes of a sum ``x + f(x)``."""
+    found: set[Dim] = set()
+    for node in residual_sums(program, layout):
+        found.update(leaf for dim in layout.dims(node) for leaf in dim.leaves())
+    return found
+
+
+def residual_sums(program: Program, layout: Layout) -> list[fx.Node]:
+    """Additions of two tensors, one of which is computed from the other."""
+    ancestors: dict[fx.Node, int] = {}
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    sums: list[fx.Node] = []
+    for node in program.graph.nodes:
+        mask = 0
+        for source in node.all_input_nodes:
+            mask |= ancestors[source] | (1 << position[source])
+        ancestors[node] = mask
+        operands = [n for n in node.all_input_nodes if n in layout.data]
+        if len(operands) == 2 and _is_addition(node):
+            a, b = operands
+            if ancestors[a] >> position[b] & 1 or ancestors[b] >> position[a] & 1:
+                sums.append(node)
+    return sums
+
+
+def _is_addition(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.removesuffix("_") == "aten::add"

@@ -1,0 +1,87 @@
+"""A traced model: one flat graph of ATen calls, the tensors it reads, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from prunec.errors import TraceError
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as a flat graph.
+
+    Attributes:
+        graph_module: a static export: every parameter, buffer, constant and input is a placeholder,
+            every other node an ATen call with literal sizes; the output node holds a tuple.
+        bindings: placeholder name -> name of the parameter, buffer or constant that it stands for.
+            Tied parameters share one canonical name.
+        inputs: placeholder name -> name of the user's input.
+        state: the bound tensors by canonical name.
+        parameters: names of the bound tensors that are parameters (trainable or not).
+        tied: other names of a parameter -> its canonical name.
+        example: the inputs the program was traced with; the graph holds for their shapes only.
+    """
+
+    graph_module: fx.GraphModule
+    bindings: Mapping[str, str]
+    inputs: Mapping[str, str]
+    state: Mapping[str, Tensor]
+    parameters: frozenset[str]
+    tied: Mapping[str, str]
+    example: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raises TraceError where names or shapes differ from those traced."""
+        wanted = {name: tuple(value.shape) for name, value in self.example.items()}
+        given = {name: tuple(value.shape) for name, value in inputs.items()}
+        if wanted != given:
+            raise TraceError(
+                f"the program was traced for inputs {wanted}, not {given}",
+                fix="trace the model again with inputs of these shapes",
+            )
+
+    def run(self, state: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> Tensor:
+        """The first output for these inputs, optionally with other tensors in place of ``state``."""
+        self.check_inputs(inputs)
+        tensors = self.state if state is None else state
+        arguments = [
+            tensors[self.bindings[node.name]]
+            if node.name in self.bindings
+            else inputs[self.inputs[node.name]]
+            for node in self.graph.nodes
+            if node.op == "placeholder"
+        ]
+        with torch.no_grad():
+            outputs = self.graph_module(*arguments)
+        first = outputs[0]
+        if not isinstance(first, Tensor):
+            raise TraceError("the program's first output is no tensor")
+        return first
+
+
+def source_line(node: fx.Node) -> str:
+    """``module.path (file.py:12)  code`` of the call that made this node, as far as recorded."""
+    path = module_path(node)
+    lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().splitlines()]
+    where = next((line for line in reversed(lines) if line.startswith("File ")), "")
+    if not where:
+        return path
+    code = lines[lines.index(where) + 1] if lines.index(where) + 1 < len(lines) else ""
+    file, _, rest = where.removeprefix("File ").partition(", line ")
+    number = rest.partition(",")[0]
+    name = file.strip('"').rsplit("/", 1)[-1]
+    return f"{path} ({name}:{number})  {code}".strip()
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module in which this node was traced, in the model's own names."""
+    return str(node.meta.get("module", ""))

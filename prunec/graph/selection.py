@@ -1,0 +1,236 @@
+"""Which units stay: keep masks of leaves, and what they mean for any axis, tensor or extent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prunec.errors import PlanError
+from prunec.graph.dims import Dim, extent
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The kept units of one leaf.
+
+    ``mask`` is bool [companion sizes..., size]. Without companions it is one row. With companions
+    (axes major to the leaf wherever it occurs) each companion index has a row of its own, all
+    rows of surviving companion indices with equal counts, so that tensors stay rectangular.
+    """
+
+    mask: BoolArray
+    companions: tuple[Dim, ...] = ()
+
+
+class Selection:
+    """Keep masks by leaf; every leaf that is not mentioned stays whole."""
+
+    def __init__(self, keeps: Mapping[Dim, Keep] | None = None):
+        self._keeps = {leaf.root: keep for leaf, keep in (keeps or {}).items()}
+        self._masks: dict[Dim, BoolArray | None] = {}
+        self._counts = {leaf: self._leaf_count(leaf, keep) for leaf, keep in self._keeps.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._keeps)
+
+    def with_keeps(self, keeps: Mapping[Dim, Keep]) -> Selection:
+        """A new selection in which these leaves have these masks."""
+        return Selection({**self._keeps, **keeps})
+
+    def keep(self, leaf: Dim) -> Keep | None:
+        return self._keeps.get(leaf.root)
+
+    def touches(self, dim: Dim) -> bool:
+        """Whether some leaf of this axis loses units."""
+        return any(leaf in self._keeps for leaf in dim.leaves())
+
+    def size(self, dim: Dim) -> int:
+        """The extent of ``dim`` after selection."""
+        return extent(dim, self._counts)
+
+    def mask(self, dim: Dim) -> BoolArray | None:
+        """Bool [dim.size], True where the position stays; None where all do.
+
+        Raises:
+            PlanError: if a leaf depends on a companion that is not part of this axis.
+        """
+        root = dim.root
+        if root not in self._masks:
+            self._masks[root] = self._mask(root) if self.touches(root) else None
+        return self._masks[root]
+
+    def _mask(self, dim: Dim) -> BoolArray:
+        table = positions(dim)
+        indices = {leaf: index for leaf, index in table}
+        mask = np.ones(dim.size, dtype=bool)
+        for leaf, index in table:
+            keep = self._keeps.get(leaf)
+            if keep is None:
+                continue
+            missing = [c for c in keep.companions if c.root not in indices]
+            if missing:
+                raise PlanError(
+                    f"the units kept of {leaf.label} differ from {missing[0].label} to "
+                    f"{missing[0].label}, but the axis {dim.label} carries only the former"
+                )
+            where = (*(indices[c.root] for c in keep.companions), index)
+            mask &= np.where(index >= 0, keep.mask[where], True)
+        return mask
+
+    def _leaf_count(self, leaf: Dim, keep: Keep) -> int:
+        rows = keep.mask.reshape(-1, leaf.size)
+        counts = set(rows.sum(axis=1)[self._alive(keep)].tolist())
+        if len(counts) != 1:
+            raise PlanError(
+                f"{leaf.label}: every companion index must keep as many units, not {sorted(counts)}"
+            )
+        return int(counts.pop())
+
+    def _alive(self, keep: Keep) -> BoolArray:
+        """Bool [prod(companion sizes)]: companion indices that stay themselves."""
+        alive = np.ones((), dtype=bool)
+        for companion in keep.companions:
+            own = self._keeps.get(companion.root)
+            row = np.ones(companion.size, dtype=bool) if own is None else own.mask.reshape(-1)
+            alive = np.logical_and.outer(alive, row)
+        return alive.reshape(-1)
+
+    def take(self, tensor: Tensor, dims: Sequence[Dim], before: Selection | None = None) -> Tensor:
+        """The part of ``tensor`` (one Dim an axis) that stays, as a new tensor.
+
+        The tensor has the axes' original extents, or those that the selection ``before`` left.
+        """
+        if any(self._spreads(dim) for dim in dims):
+            return self._take_jointly(tensor, dims, before)
+        for axis, dim in enumerate(dims):
+            mask = self.mask(dim)
+            if mask is not None:
+                index = _positions_within(mask, before.mask(dim) if before else None)
+                if len(index) != tensor.shape[axis]:
+                    tensor = tensor.index_select(axis, torch.from_numpy(index).to(tensor.device))
+        return tensor
+
+    def _spreads(self, dim: Dim) -> bool:
+        """Whether a leaf of this axis has a companion that lies on another axis."""
+        leaves = set(dim.leaves())
+        keeps = [self._keeps[leaf] for leaf in leaves if leaf in self._keeps]
+        return any(c.root not in leaves for keep in keeps for c in keep.companions)
+
+    def _take_jointly(
+        self, tensor: Tensor, dims: Sequence[Dim], before: Selection | None
+    ) -> Tensor:
+        """Leaf and companion on different axes: select in the joint index space, then reshape."""
+        whole = product_of_axes(dims)
+        index = _positions_within(self._mask(whole), before.mask(whole) if before else None)
+        flat = tensor.reshape(-1)[torch.from_numpy(index).to(tensor.device)]
+        return flat.reshape([self.size(d) for d in dims])
+
+    def extents(self, dim: Dim) -> Iterator[tuple[int, int]]:
+        """(old, new) of this axis and of every factor, run of factors and segment that changed."""
+        root = dim.root
+        if not self.touches(root):
+            return
+        yield root.size, self.size(root)
+        parts = root.parts
+        for part in parts:
+            yield from self.extents(part)
+        if root.form == "product":
+            for start in range(len(parts)):
+                for stop in range(start + 2, len(parts) + 1):
+                    run = parts[start:stop]
+                    if any(self.touches(part) for part in run):
+                        yield (
+                            math.prod(p.size for p in run),
+                            math.prod(self.size(p) for p in run),
+                        )
+
+
+def _positions_within(mask: BoolArray, before: BoolArray | None) -> IntArray:
+    """Where the positions of ``mask`` stand among those that ``before`` left."""
+    index = np.flatnonzero(mask)
+    return index if before is None else np.searchsorted(np.flatnonzero(before), index)
+
+
+def product_of_axes(dims: Sequence[Dim]) -> Dim:
+    """All axes of a tensor as one axis (a product that keeps size-1 factors out)."""
+    factors = [d.root for d in dims if d.size != 1]
+    return Dim(math.prod(f.size for f in factors), form="product", parts=factors)
+
+
+def positions(dim: Dim) -> list[tuple[Dim, IntArray]]:
+    """Per leaf below ``dim``: int [dim.size], the index in that leaf at every position.
+
+    -1 stands where a segment does not carry the leaf. A leaf that occurs twice in one product has
+    two rows.
+    """
+    root = dim.root
+    if root.form == "leaf":
+        return [(root, np.arange(root.size))]
+    tables = [positions(part) for part in root.parts]
+    if root.form == "product":
+        return _product_positions(root, tables)
+    return _sum_positions(root, tables)
+
+
+def _product_positions(
+    dim: Dim, tables: list[list[tuple[Dim, IntArray]]]
+) -> list[tuple[Dim, IntArray]]:
+    rows: list[tuple[Dim, IntArray]] = []
+    outer, inner = 1, dim.size
+    for part, table in zip(dim.parts, tables, strict=True):
+        inner //= part.size
+        rows += [(leaf, np.tile(np.repeat(index, inner), outer)) for leaf, index in table]
+        outer *= part.size
+    return rows
+
+
+def _sum_positions(
+    dim: Dim, tables: list[list[tuple[Dim, IntArray]]]
+) -> list[tuple[Dim, IntArray]]:
+    rows: dict[tuple[Dim, int], IntArray] = {}
+    start = 0
+    for part, table in zip(dim.parts, tables, strict=True):
+        seen: dict[Dim, int] = {}
+        for leaf, index in table:
+            occurrence = seen[leaf] = seen.get(leaf, -1) + 1
+            row = rows.setdefault((leaf, occurrence), np.full(dim.size, -1))
+            row[start : start + part.size] = index
+        start += part.size
+    return [(leaf, row) for (leaf, _), row in rows.items()]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A size that changed, of an axis or of a part of one, and the parameters that carry it."""
+
+    old: int
+    new: int
+    parameters: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What a plan did to a model's parameters: the seam between the passes and codegen.
+
+    Attributes:
+        weights: every parameter by its name in the model, at its new size; tied names share one
+            tensor object.
+        keep: for every changed parameter, per axis, the sorted kept indices of the original axis
+            (None: the whole axis).
+        extents: the sizes that changed.
+        added: parameters that the stock model lacks (fitted biases).
+    """
+
+    weights: Mapping[str, Tensor]
+    keep: Mapping[str, tuple[IntArray | None, ...]]
+    extents: tuple[Extent, ...]
+    added: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,215 @@
+"""From an nn.Module to a Program, by torch.export."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from prunec.errors import TraceError
+from prunec.graph.program import Program
+
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class _Positional(nn.Module):
+    """The model as a function of positional tensors that returns tensors only.
+
+    A cache would make the graph depend on hidden state, so it is switched off where the model's
+    forward knows the word.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        accepted = inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.names, tensors, strict=True))
+        return _result_tensors(self.model(**named, **self.options))
+
+
+def _result_tensors(output: Any) -> tuple[Tensor, ...]:
+    """The result proper: logits where the output names them, else every float tensor in it."""
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if isinstance(logits, Tensor):
+        return (logits,)
+    leaves = [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
+    return tuple(leaf for leaf in leaves if leaf.is_floating_point()) or tuple(leaves)
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if isinstance(output, Mapping) else output
+
+
+def trace(model: nn.Module, example: Example) -> Program:
+    """Trace ``model`` into a flat graph that holds for inputs of the example's shapes.
+
+    Parameters may lie on the meta device (buffers must be real): the graph is the same and no
+    memory is used. The model is not changed.
+
+    Args:
+        model: any nn.Module; traced in eval mode, without gradients and without a cache.
+        example: inputs by name, or positional: a tensor or a sequence of tensors.
+
+    Raises:
+        TraceError: if the model cannot be exported, with torch's reason.
+    """
+    inputs = name_inputs(model, example)
+    training = model.training
+    model.eval()
+    try:
+        exported = _export(model, inputs)
+    finally:
+        model.train(training)
+    return _program(model, exported, inputs)
+
+
+def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
+    """Example inputs by the names of the model's forward arguments."""
+    if isinstance(example, Mapping):
+        return dict(example)
+    tensors = [example] if isinstance(example, Tensor) else list(example)
+    accepted = list(inspect.signature(model.forward).parameters)
+    if len(tensors) > len(accepted):
+        raise TraceError(
+            f"{len(tensors)} example inputs for a forward of {len(accepted)} arguments",
+            where=type(model).__name__,
+            fix=f"give at most {len(accepted)}, or a dict by name ({', '.join(accepted)})",
+        )
+    return dict(zip(accepted, tensors, strict=False))
+
+
+def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+    wrapper = _Positional(model, list(inputs))
+    arguments = tuple(inputs.values())
+    try:
+        with torch.no_grad(), _real_looking_parameters(wrapper) as mode:
+            if mode is not None:
+                arguments = tuple(mode.from_tensor(value) for value in arguments)
+            return torch.export.export(wrapper, arguments, strict=False)
+    except Exception as error:  # export runs the model's own code, which may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: {reason[0]}",
+            where=_model_line(error),
+            fix="export needs a forward without data-dependent Python control flow; "
+            "check the example inputs, or patch the forward",
+        ) from error
+
+
+@contextmanager
+def _real_looking_parameters(module: nn.Module) -> Iterator[FakeTensorMode | None]:
+    """Stand in fake CPU tensors for meta parameters while tracing, so devices agree in the graph."""
+    slots = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    if not slots:
+        yield None
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    cpu = torch.device("cpu")
+    fakes: dict[int, nn.Parameter] = {}
+    for owner, name, parameter in slots:
+        if id(parameter) not in fakes:
+            fake = mode.fake_tensor_converter.from_meta_and_device(mode, parameter.data, cpu)
+            fakes[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+        owner._parameters[name] = fakes[id(parameter)]
+    try:
+        yield mode
+    finally:
+        for owner, name, parameter in slots:
+            owner._parameters[name] = parameter
+
+
+def _model_line(error: BaseException) -> str | None:
+    """The innermost frame of the traceback that is neither ours nor torch's."""
+    where = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "/prunec/" not in file and not file.startswith("<"):
+            where = f"{file.rsplit('/', 1)[-1]}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return where
+
+
+def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, Tensor]) -> Program:
+    graph_module = exported.graph_module
+    signature = exported.graph_signature
+    owned = _owned_tensors(model)
+    canonical = _canonical_names(owned)
+    sources = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
+    bindings: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    for placeholder, source in sources.items():
+        name = source.removeprefix("model.")
+        name = canonical.get(name, name)
+        bindings[placeholder] = name
+        state[name] = owned[name] if name in owned else constants[source]
+    parameters = {canonical[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+    _clean(graph_module.graph, set(signature.user_outputs))
+    graph_module.recompile()
+    return Program(
+        graph_module=graph_module,
+        bindings=bindings,
+        inputs=dict(zip(signature.user_inputs, inputs, strict=True)),
+        state=state,
+        parameters=frozenset(parameters & set(state)),
+        tied={name: first for name, first in canonical.items() if name != first},
+        example=inputs,
+    )
+
+
+def _owned_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _canonical_names(owned: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every tensor name -> the first name of the same storage and view: tied weights are one."""
+    first: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in owned.items():
+        storage = tensor.untyped_storage()._cdata
+        key = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        names[name] = first.setdefault(key, name)
+    return names
+
+
+_CHECKS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
+
+
+def _clean(graph: fx.Graph, user_outputs: set[str]) -> None:
+    """Drop export's own checks and mutation outputs; put every node's module path in the model's names."""
+    for node in reversed(list(graph.nodes)):
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name.startswith(_CHECKS) and not node.users:
+            graph.erase_node(node)
+            continue
+        if node.op == "output":
+            kept = [n for n in pytree.tree_leaves(node.args) if isinstance(n, fx.Node)]
+            node.args = (tuple(n for n in kept if n.name in user_outputs),)
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [str(path) for path, _ in stack.values()]
+        node.meta["module"] = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
+    graph.eliminate_dead_code()
+    graph.lint()
