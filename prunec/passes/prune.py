@@ -1,0 +1,213 @@
+"""The prune pass: stream the calibration batches through the model, prune each site as it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunec.errors import PlanError
+from prunec.events import Progress, silent
+from prunec.graph.coupling import CouplingGraph
+from prunec.graph.interpreter import Stream
+from prunec.graph.selection import BoolArray, Keep, Selection
+from prunec.importance.curves import Criterion
+from prunec.importance.problem import SiteProblem
+from prunec.importance.statistics import collector
+from prunec.passes.budget import Budget
+from prunec.passes.compensation import Compensation
+from prunec.passes.sites import Site, site_parameters, site_problem
+from prunec.passes.slice import Weights
+
+Statistics = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened at one site.
+
+    Attributes:
+        site, block: where.
+        parameters: held by the site's groups before.
+        wanted, removed: parameters asked for (what earlier sites could not express included) and
+            removed.
+        kept: units kept per group.
+        error: accumulated loss over the energy of the site's dense output, 0 to 1 (None where the
+            statistics do not tell).
+    """
+
+    site: str
+    block: str | None
+    parameters: int
+    wanted: int
+    removed: int
+    kept: Mapping[str, int]
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Weights at their new sizes, the selection they follow, and a report per site."""
+
+    weights: Weights
+    selection: Selection
+    sites: tuple[SiteReport, ...]
+
+
+def prune_sites(
+    coupling: CouplingGraph,
+    sites: Sequence[Site],
+    budget: Budget,
+    criterion: Criterion,
+    compensation: Compensation,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    progress: Progress = silent,
+) -> Pruned:
+    """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
+
+    A weight that several calls share is pruned first, on the dense model's inputs at all of them.
+
+    Raises:
+        VerifyError: NaN or Inf at a site.
+        PlanError: what is left over at the end is more than whole units explain.
+    """
+    weights = Weights(coupling, coupling.program.state)
+    worker = _Worker(coupling, criterion, compensation, weights, budget)
+    shared = [site for site in sites if len(site.nodes) > 1]
+    single = [site for site in sites if len(site.nodes) == 1]
+    with progress.task("pruning", total=len(sites)) as task:
+        for site in shared:
+            worker.visit(site, worker.stream(batches))
+            task.advance()
+        stream = worker.stream(batches) if single else None
+        for site in single:
+            assert stream is not None
+            task.update(f"pruning {site.name}")
+            worker.visit(site, stream)
+            task.advance()
+    budget.close()
+    return Pruned(weights, weights.selection, tuple(worker.reports))
+
+
+class _Worker:
+    """Carries one criterion and one compensation from site to site."""
+
+    def __init__(
+        self,
+        coupling: CouplingGraph,
+        criterion: Criterion,
+        compensation: Compensation,
+        weights: Weights,
+        budget: Budget,
+    ):
+        self._coupling = coupling
+        self._criterion = criterion
+        self._compensation = compensation
+        self._weights = weights
+        self._budget = budget
+        self.reports: list[SiteReport] = []
+
+    def stream(self, batches: Sequence[Mapping[str, Tensor]]) -> Stream:
+        coupling, weights = self._coupling, self._weights
+        return Stream(
+            coupling.program, coupling.layout, batches, weights, selection=weights.selection
+        )
+
+    def visit(self, site: Site, stream: Stream) -> None:
+        problem = site_problem(site, self._coupling, self._weights.tensors)
+        wanted = self._budget.want(site)
+        if wanted <= 0:
+            self._report(site, problem, 0, wanted, {}, None)
+            return
+        statistics = self._collect(site, stream)
+        curve = self._criterion.rank(problem, statistics, limit=wanted)
+        steps = curve.steps_for(wanted)
+        removed = int(curve.parameters[steps - 1]) if steps else 0
+        loss = float(curve.loss[steps - 1]) if steps else 0.0
+        self._budget.spend(removed)
+        kept = curve.keep(problem, steps)
+        if steps:
+            self._apply(site, problem, statistics, kept, stream)
+        error = _relative(loss, problem.weight, statistics)
+        self._report(site, problem, removed, wanted, kept, error)
+
+    def _collect(self, site: Site, stream: Stream) -> Statistics:
+        names = sorted(self._criterion.statistics | self._compensation.statistics)
+        collectors = {name: collector(name, site=site.name) for name in names}
+
+        def update(_: int, value: Tensor) -> None:
+            for statistic in collectors.values():
+                statistic.update(value)
+
+        for node, operand in zip(site.nodes, site.operands, strict=True):
+            stream.advance(node, operand, update)
+        return {name: statistic.finish() for name, statistic in collectors.items()}
+
+    def _apply(
+        self,
+        site: Site,
+        problem: SiteProblem,
+        statistics: Statistics,
+        kept: Mapping[str, BoolArray],
+        stream: Stream,
+    ) -> None:
+        """Mend the weight that reads the units, slice everything that carries them."""
+        selection = self._weights.selection.with_keeps(
+            {group.dim: self._keep(group.name, kept) for group in site.groups}
+        )
+        columns = self._coupling.layout.parameters[site.parameter][site.axis]
+        mask = selection.mask(columns)
+        if mask is None:
+            raise PlanError(f"nothing was removed at {site.name}")
+        mended = self._compensation.compensate(
+            problem.weight,
+            statistics.get("input_gram"),
+            torch.from_numpy(mask),
+            name=site.name,
+        )
+        updated = {site.parameter: mended.movedim(-1, site.axis).contiguous()}
+        self._weights.select(selection, site_parameters(site), updated)
+        stream.select(selection)
+
+    def _keep(self, name: str, kept: Mapping[str, BoolArray]) -> Keep:
+        companions = tuple(self._coupling[c].dim for c in self._coupling[name].companions)
+        mask = kept[name].reshape(*(dim.size for dim in companions), -1)
+        return Keep(mask, companions)
+
+    def _report(
+        self,
+        site: Site,
+        problem: SiteProblem,
+        removed: int,
+        wanted: int,
+        kept: Mapping[str, BoolArray],
+        error: float | None,
+    ) -> None:
+        whole = {group.name: group.size for group in site.groups}
+        counts = {name: int(mask.sum(axis=1).max()) for name, mask in kept.items()}
+        self.reports.append(
+            SiteReport(
+                site=site.name,
+                block=site.block,
+                parameters=problem.size(whole),
+                wanted=wanted,
+                removed=removed,
+                kept=whole | counts,
+                error=error,
+            )
+        )
+
+
+def _relative(loss: float, weight: Tensor, statistics: Statistics) -> float | None:
+    """The loss over the energy ``tr(W C W^T)`` of the site's dense output."""
+    gram = statistics.get("input_gram")
+    if gram is None:
+        return None
+    dense = weight.to(gram.dtype)
+    energy = float(((dense @ gram) * dense).sum())
+    return loss / energy if energy > 0 else 0.0
+
+

@@ -1,0 +1,155 @@
+"""The slice pass: the only place where a tensor of a model changes its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from prunec.graph.coupling import CouplingGraph
+from prunec.graph.program import Program
+from prunec.graph.resize import ResizedCall, resized_call
+from prunec.graph.selection import Extent, Selection, Sliced
+
+
+class Weights:
+    """The present tensors of a program: dense at first, sliced as units are removed.
+
+    The tensors given are never changed; a sliced one is a new tensor.
+    """
+
+    def __init__(self, coupling: CouplingGraph, state: Mapping[str, Tensor]):
+        self._coupling = coupling
+        self._tensors = dict(state)
+        self.selection = Selection()
+
+    def __call__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tensors
+
+    def select(
+        self, selection: Selection, members: Iterable[str], updated: Mapping[str, Tensor]
+    ) -> None:
+        """Slice the parameters ``members`` to a selection; ``updated`` ones are given sliced."""
+        before, self.selection = self.selection, selection
+        for name in dict.fromkeys(members):
+            if name in updated:
+                self._tensors[name] = updated[name]
+            else:
+                dims = self._coupling.layout.parameters[name]
+                self._tensors[name] = selection.take(self._tensors[name], dims, before)
+
+
+def slice_state(
+    coupling: CouplingGraph, selection: Selection, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor of a program at the size that the selection leaves."""
+    parameters = coupling.layout.parameters
+    return {
+        name: selection.take(tensor, parameters[name]) if name in parameters else tensor
+        for name, tensor in state.items()
+    }
+
+
+def mask_state(
+    coupling: CouplingGraph, selection: Selection, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor at its full size, zero where the selection removes: the mask oracle's model."""
+    masked: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        dims = coupling.layout.parameters.get(name, ())
+        keeps = [(axis, selection.mask(dim)) for axis, dim in enumerate(dims)]
+        result = tensor
+        for axis, mask in keeps:
+            if mask is not None:
+                gone = torch.from_numpy(np.flatnonzero(~mask)).to(tensor.device)
+                result = result.index_fill(axis, gone, 0)
+        masked[name] = result
+    return masked
+
+
+def slice_program(
+    coupling: CouplingGraph, selection: Selection, state: Mapping[str, Tensor]
+) -> Program:
+    """A program that computes with what is left.
+
+    Args:
+        state: the program's tensors, already sliced (see `slice_state`).
+    """
+    program, layout = coupling.program, coupling.layout
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    tables: dict[str, Tensor] = {}
+    for node in program.graph.nodes:
+        copy = graph.node_copy(node, lambda n: copies[n])
+        copies[node] = copy
+        if node.op != "call_function":
+            continue
+        call = resized_call(node, layout, selection)
+        copy.target = call.target
+        copy.args = fx.map_arg(call.args, lambda n: copies[n])
+        copy.kwargs = fx.map_arg(call.kwargs, lambda n: copies[n])
+        if call.select:
+            copies[node] = _select(graph, call, copy, coupling, selection, tables)
+    graph.lint()
+    module = fx.GraphModule(tables, graph)
+    return Program(
+        graph_module=module,
+        bindings=program.bindings,
+        inputs=program.inputs,
+        state=dict(state),
+        parameters=program.parameters,
+        tied=program.tied,
+        example=program.example,
+    )
+
+
+def _select(
+    graph: fx.Graph,
+    call: ResizedCall,
+    copy: fx.Node,
+    coupling: CouplingGraph,
+    selection: Selection,
+    tables: dict[str, Tensor],
+) -> fx.Node:
+    """Take the kept positions from a computed table, one index_select an axis."""
+    for axis, dim in enumerate(coupling.layout.dims(call.node)):
+        mask = selection.mask(dim)
+        if mask is not None:
+            name = f"_kept_{call.node.name}_{axis}"
+            tables[name] = torch.from_numpy(np.flatnonzero(mask))
+            index = graph.get_attr(name)
+            copy = graph.call_function(torch.ops.aten.index_select.default, (copy, axis, index))
+    return copy
+
+
+def sliced_parameters(
+    coupling: CouplingGraph, selection: Selection, tensors: Mapping[str, Tensor]
+) -> Sliced:
+    """What codegen needs to know of a selection: weights by name, kept indices, changed extents."""
+    program, layout = coupling.program, coupling.layout
+    names = {name: name for name in program.parameters} | {
+        alias: name for alias, name in program.tied.items() if name in program.parameters
+    }
+    keep = {}
+    carriers: dict[tuple[int, int], set[str]] = {}
+    for alias, name in names.items():
+        dims = layout.parameters[name]
+        masks = [selection.mask(dim) for dim in dims]
+        if any(mask is not None for mask in masks):
+            keep[alias] = tuple(None if mask is None else np.flatnonzero(mask) for mask in masks)
+        for dim in dims:
+            for extent in selection.extents(dim):
+                carriers.setdefault(extent, set()).add(alias)
+    extents = tuple(
+        Extent(old, new, frozenset(carried))
+        for (old, new), carried in sorted(carriers.items())
+        if old != new
+    )
+    weights = {alias: tensors[name] for alias, name in names.items()}
+    return Sliced(weights=weights, keep=keep, extents=extents)
