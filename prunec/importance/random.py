@@ -36,7 +36,8 @@ class Random:
         noise = {s.group: self._noise(s) for s in problem.unit_sets}
 
         def score(unit_set: UnitSet, survivors: Survivors) -> FloatArray:
-            return noise[unit_set.group] * survivors.cost(unit_set.group)
+            freed = survivors.cost(unit_set.group) / len(survivors.open_rows(unit_set.group))
+            return noise[unit_set.group] * freed
 
         return static_curve(problem, score, limit=limit)
 

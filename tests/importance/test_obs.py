@@ -98,7 +98,7 @@ def test_head_order_equals_exhaustive_recomputation(shape, seed):
         if counts["attn/kv_group"] > 1:
             g = min(live_groups, key=lambda g: loss([*gone, *groups.columns[0, g].tolist()]))
             options["attn/kv_group"] = (
-                tuple([g]),
+                (g,),
                 loss([*gone, *groups.columns[0, g].tolist()]),
             )
         if counts["attn/query_head"] > 1:
