@@ -1,0 +1,188 @@
+"""MODEL, as users name it: one function opens every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunec.errors import ModelError
+from prunec.events import Progress, silent
+from prunec.models import factory, gguf, hub
+from prunec.models.checkpoint import PICKLES, pickled, read_json
+from prunec.models.digest import state_digest
+from prunec.models.example import example_inputs
+from prunec.models.pretrained import (
+    Opening,
+    Weights,
+    open_config,
+    open_directory,
+    open_tokenizer_in,
+)
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FORMS = (
+    "MODEL is smollm2, a directory, a Hub id, a .gguf file, a config.json, or"
+    " package.module:factory"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An opened model.
+
+    `model` is in eval mode and its parameters need no gradient. `tokenizer` is None where there
+    is none (vision models, factories, a config alone). `example` has inputs to trace with, by
+    keyword. `spec` is what the user wrote; `digest` is `state_digest(model)`.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    example: dict[str, Tensor]
+    spec: str
+    digest: str
+
+
+def open_model(
+    spec: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    weights: Weights = "load",
+    trust_remote_code: bool = False,
+    load_pruned: Callable[[Path], nn.Module] | None = None,
+    progress: Progress = silent,
+) -> Source:
+    """Open a MODEL: ``smollm2`` (the demo model), a directory, a Hub id, a ``.gguf`` file, a
+    ``config.json``, or ``package.module:factory``.
+
+    `dtype` is a torch dtype's name, or "auto" for the checkpoint's. `weights` "meta" reads the
+    config only (shapes without values), "random" draws weights with seed 0; a config.json opens
+    on meta unless "random" is asked for, and a factory's module is taken as it comes, cast to
+    `dtype`. `load_pruned` opens directories that prunec wrote (prunec.codegen passes itself in:
+    this room is below it).
+
+    Raises:
+        ModelError: the model cannot be opened; the message says why and what to do.
+    """
+    opening = Opening(_dtype(dtype), weights, trust_remote_code, progress)
+    place = _device(device)
+    example: dict[str, Tensor] | None = None
+    tokenizer: Any | None = None
+    if isinstance(path := _locate(spec, opening), Path):
+        model = _open_path(path, opening, load_pruned)
+        tokenizer = _tokenizer_near(path, trust_remote_code)
+    else:
+        model, example = factory.call_factory(spec)
+        model = model if opening.dtype is None else model.to(opening.dtype)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model = model.to(place)
+    model = model.eval().requires_grad_(False)
+    example = example_inputs(model) if example is None else example
+    return Source(model, tokenizer, _cast(example, model), spec, state_digest(model))
+
+
+def open_tokenizer(
+    spec: str, *, trust_remote_code: bool = False, progress: Progress = silent
+) -> Any | None:
+    """The tokenizer of a MODEL, without its weights; None where it has none.
+
+    Raises:
+        ModelError: the model is absent, or its tokenizer does not load.
+    """
+    opening = Opening(None, "meta", trust_remote_code, progress)
+    path = _locate(spec, opening)
+    return _tokenizer_near(path, trust_remote_code) if path else None
+
+
+def _locate(spec: str, opening: Opening) -> Path | None:
+    """The directory or config file that a spec stands for; None for a factory."""
+    if spec == gguf.SMOLLM2:
+        return gguf.converted(gguf.smollm2_file(), opening.progress)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return _existing(path, opening)
+    if factory.is_factory(spec):
+        return None
+    if hub.is_hub_id(spec) and path.suffix not in {".gguf", ".json", ".safetensors", *PICKLES}:
+        return hub.download(
+            spec,
+            weights=opening.weights == "load",
+            trust_remote_code=opening.trust_remote_code,
+        )
+    raise ModelError(f"no such model: {spec}", fix=f"check the path; {_FORMS}")
+
+
+def _existing(path: Path, opening: Opening) -> Path:
+    if path.is_dir() or path.suffix == ".json":
+        return path
+    if path.suffix == ".gguf":
+        return gguf.converted(path, opening.progress)
+    if path.suffix == ".safetensors":
+        raise ModelError(
+            f"{path.name} holds weights only",
+            where=str(path),
+            fix=f"name its directory: {path.parent}",
+        )
+    if path.suffix in PICKLES:
+        raise pickled(path)
+    raise ModelError(f"{path.name} is not a model", where=str(path), fix=_FORMS)
+
+
+def _open_path(
+    path: Path, opening: Opening, load_pruned: Callable[[Path], nn.Module] | None
+) -> nn.Module:
+    if path.is_file():
+        return open_config(path, _without_loading(opening))
+    if not (path / "config.json").is_file():
+        raise ModelError("the directory has no config.json", where=str(path), fix=_FORMS)
+    if load_pruned and opening.weights == "load" and "prunec" in read_json(path / "config.json"):
+        model = load_pruned(path)
+        return model if opening.dtype is None else model.to(opening.dtype)
+    return open_directory(path, opening)
+
+
+def _without_loading(opening: Opening) -> Opening:
+    kind: Weights = "random" if opening.weights == "random" else "meta"
+    return Opening(opening.dtype, kind, opening.trust_remote_code, opening.progress)
+
+
+def _tokenizer_near(path: Path, trust_remote_code: bool) -> Any | None:
+    directory = path.parent if path.is_file() else path
+    return open_tokenizer_in(directory, trust_remote_code=trust_remote_code)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name == "auto":
+        return None
+    if name not in _DTYPES:
+        raise ModelError(f"no dtype {name!r}", fix=f"one of: {', '.join((*_DTYPES, 'auto'))}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"no device {name!r} here: {reason}", fix="use cpu, or cuda") from error
+    return device
+
+
+def _cast(example: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The example in the model's dtype where it is floating point, and on its device."""
+    weight = next(model.parameters(), None)
+    if weight is None:
+        return example
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return {
+        name: value.to(device, weight.dtype) if value.is_floating_point() else value.to(device)
+        for name, value in example.items()
+    }
