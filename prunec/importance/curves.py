@@ -105,13 +105,13 @@ class Survivors:
         }
         self._problem = problem
         self._sets = {s.group: s for s in problem.unit_sets}
-        self._size = problem.size(self.counts)
-        self._full_size = self._size
+        self._sizes: dict[tuple[int, ...], int] = {}
+        self._full_size = self._size(self.counts)
 
     @property
     def removed(self) -> int:
         """Parameters removed so far."""
-        return self._full_size - self._size
+        return self._full_size - self._size(self.counts)
 
     def removable(self) -> list[UnitSet]:
         """The unit sets that are above their minimum."""
@@ -124,7 +124,7 @@ class Survivors:
     def cost(self, group: str) -> int:
         """Parameters that the next removal from `group` frees."""
         fewer = self.counts | {group: self.counts[group] - 1}
-        cost = self._size - self._problem.size(fewer)
+        cost = self._size(self.counts) - self._size(fewer)
         if cost <= 0:
             raise PlanError(
                 f"removing a unit of {group} frees no parameters", where=self._problem.name
@@ -135,7 +135,6 @@ class Survivors:
         """Apply one step; the rows of other groups whose companion this was go with it."""
         unit_set = self._sets[removal.group]
         self.counts[removal.group] -= 1
-        self._size = self._problem.size(self.counts)
         for row, unit in enumerate(removal.units):
             if unit < 0:
                 continue
@@ -147,6 +146,13 @@ class Survivors:
             # Minima keep every row non-empty, so a row without columns lost its companion.
             if other is not unit_set:
                 self.kept[other.group][~self.columns[other.columns].any(axis=(1, 2))] = False
+
+    def _size(self, counts: Mapping[str, int]) -> int:
+        # The same counts are asked for when a step is weighed and when it is taken.
+        key = tuple(counts.values())
+        if key not in self._sizes:
+            self._sizes[key] = self._problem.size(counts)
+        return self._sizes[key]
 
 
 class CurveBuilder:
