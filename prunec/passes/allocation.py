@@ -80,7 +80,7 @@ class LogIncrease:
         """One ratio per block, from the first to the last.
 
         >>> [round(r, 3) for r in LogIncrease().ratios(4, 0.2)]
-        [0.062, 0.183, 0.254, 0.304]
+        [0.062, 0.182, 0.253, 0.302]
         """
         shares = _check(blocks, target, sizes)
         largest = self.maximum
@@ -101,7 +101,8 @@ class LogIncrease:
                 fix="lower first, or use uniform",
             )
         # Where all later blocks at their maximum are not enough, the first gives the rest.
-        first = max(first, (target - (1 - shares[0]) * self.maximum) / shares[0])
+        needed = (target - (1 - shares[0]) * self.maximum) / shares[0]
+        first = min(max(first, needed), self.maximum)
         growth = [math.log(i + 1) / math.log(blocks) for i in range(blocks)]
         return _clamped_line(first, growth, shares, target, self.maximum)
 
