@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -78,6 +79,24 @@ def attention(kv: int = 3, per: int = 3, dim: int = 2, *, out: int = 5, hidden: 
         "attn/query_head", ("attn/kv_group",), query, {("q", 0): query, ("o", 1): query}, 1
     )
     return SiteProblem("attn.o", weight, (kv_group, query_head), parameters, size)
+
+
+def crossing(kv: int = 2, per: int = 3, dim: int = 4, *, out: int = 5, hidden: int = 7, seed=0):
+    """Attention whose value dims can go too, under each KV group: three sets that cross."""
+    site = attention(kv, per, dim, out=out, hidden=hidden, seed=seed)
+    by_head = np.arange(kv * per * dim).reshape(kv, per, dim)
+    values = np.arange(kv * dim).reshape(kv, dim, 1)
+    columns = by_head.transpose(0, 2, 1)
+    value_dim = UnitSet(
+        "attn/value_dim", ("attn/kv_group",), columns, {("v", 0): values, ("o", 1): columns}, 2
+    )
+
+    def size(counts: Mapping[str, int]) -> int:
+        groups, queries = counts["attn/kv_group"], counts["attn/query_head"]
+        keys = groups * dim * hidden * (1 + queries)
+        return keys + groups * counts["attn/value_dim"] * (hidden + queries * out)
+
+    return replace(site, unit_sets=(*site.unit_sets, value_dim), size=size)
 
 
 def residual(weight: Tensor, gram: Tensor, removed: Sequence[int]) -> tuple[float, Tensor]:

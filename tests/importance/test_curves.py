@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sites import attention, channels, gram_of
+from sites import attention, channels, crossing, gram_of
 
 from prunec.errors import PlanError, VerifyError
 from prunec.importance.curves import Removal, RemovalCurve, Survivors
@@ -66,7 +66,9 @@ def test_keep_of_heads_and_groups():
 
 
 @pytest.mark.parametrize("criterion", [Obs(), Magnitude(), Random(), Wanda(), Fluctuation()])
-@pytest.mark.parametrize("problem", [attention(), attention(2, 5), channels(9, minimum=2)])
+@pytest.mark.parametrize(
+    "problem", [attention(), attention(2, 5), crossing(), crossing(3, 2), channels(9, minimum=2)]
+)
 def test_every_curve_goes_down_to_the_minimum_and_counts_exactly(criterion, problem):
     columns = problem.weight.shape[1]
     gram = gram_of(columns)
