@@ -25,9 +25,7 @@ def parameter_count(
     """
     layout, kept = coupling.layout, counts or {}
     chosen = coupling.program.parameters if names is None else names
-    return sum(
-        math.prod(extent(dim, kept) for dim in layout.parameters[name]) for name in chosen
-    )
+    return sum(math.prod(extent(dim, kept) for dim in layout.parameters[name]) for name in chosen)
 
 
 def flops(coupling: CouplingGraph, counts: Counts | None = None) -> int:
@@ -54,7 +52,9 @@ def node_flops(node: fx.Node, layout: Layout, counts: Counts) -> int:
         return 2 * rows * keys * widths
     operand, axes = _CONTRACTED[name]
     dims = call.dims(operand)
-    inner = math.prod(extent(dim, counts) for dim in (dims[axis] for axis in axes if axis < len(dims)))
+    inner = math.prod(
+        extent(dim, counts) for dim in (dims[axis] for axis in axes if axis < len(dims))
+    )
     return 2 * result * inner
 
 

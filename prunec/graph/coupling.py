@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import groupby
-from os.path import commonprefix
+from itertools import groupby, takewhile
 
 import networkx as nx
 
@@ -71,7 +70,7 @@ class Pinned:
 
 
 class CouplingGraph:
-    """The groups of a program, what is pinned, and the graph of axes that they are components of."""
+    """The groups of a program, what is pinned, and the graph of axes they are components of."""
 
     def __init__(self, program: Program, layout: Layout):
         self.program = program
@@ -202,7 +201,9 @@ def _names(
 
 def common_path(parameters: Sequence[str]) -> str:
     """The innermost module that holds all these parameters."""
-    return ".".join(commonprefix([name.split(".")[:-1] for name in parameters]))
+    first, *others = [name.split(".")[:-1] for name in parameters]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(first, *others, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def _common_block(members: Sequence[Member]) -> str | None:
@@ -240,7 +241,8 @@ def _majors(dim: Dim, leaf: Dim) -> Iterator[list[Dim]]:
 
 
 def _axis_graph(coupling: CouplingGraph) -> nx.Graph[str]:
-    layout, graph = coupling.layout, nx.Graph()
+    layout = coupling.layout
+    graph: nx.Graph[str] = nx.Graph()
     owners: dict[str, tuple[Dim, ...]] = dict(layout.parameters)
     bindings = coupling.program.bindings
     names = {node: bindings.get(node.name, node.name) for node in layout.values}
@@ -248,7 +250,9 @@ def _axis_graph(coupling: CouplingGraph) -> nx.Graph[str]:
         owners.setdefault(names[node], values[0].dims)
     for owner, dims in owners.items():
         for axis, dim in enumerate(dims):
-            groups = [coupling.by_dim[leaf].name for leaf in dim.leaves() if leaf in coupling.by_dim]
+            groups = [
+                coupling.by_dim[leaf].name for leaf in dim.leaves() if leaf in coupling.by_dim
+            ]
             graph.add_node(
                 f"{owner}[{axis}]",
                 owner=owner,

@@ -324,7 +324,9 @@ def _unify_structures(a: Dim, b: Dim) -> None:
 
 def _common_radices(left: Sequence[int], right: Sequence[int]) -> list[int]:
     """The coarsest radices that refine both, major to minor."""
-    strides = {s for sizes in (left, right) for s in accumulate(reversed(sizes), initial=1, func=_mul)}
+    strides = {
+        s for sizes in (left, right) for s in accumulate(reversed(sizes), initial=1, func=_mul)
+    }
     ordered = sorted(strides)
     if any(high % low for low, high in pairwise(ordered)):
         raise DimError(f"factors {list(left)} and {list(right)} have no common refinement")

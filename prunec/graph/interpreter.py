@@ -186,5 +186,3 @@ class Stream:
             )
         assert isinstance(value, Tensor)
         return value
-
-

@@ -50,7 +50,7 @@ class Program:
             )
 
     def run(self, state: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> Tensor:
-        """The first output for these inputs, optionally with other tensors in place of ``state``."""
+        """The first output for these inputs; ``state`` stands in for the program's own tensors."""
         self.check_inputs(inputs)
         tensors = self.state if state is None else state
         arguments = [

@@ -49,6 +49,11 @@ class Selection:
     def keep(self, leaf: Dim) -> Keep | None:
         return self._keeps.get(leaf.root)
 
+    @property
+    def counts(self) -> Mapping[Dim, int]:
+        """Units kept by leaf (in every row), of the leaves that lose some."""
+        return self._counts
+
     def touches(self, dim: Dim) -> bool:
         """Whether some leaf of this axis loses units."""
         return any(leaf in self._keeps for leaf in dim.leaves())
@@ -70,7 +75,7 @@ class Selection:
 
     def _mask(self, dim: Dim) -> BoolArray:
         table = positions(dim)
-        indices = {leaf: index for leaf, index in table}
+        indices = dict(table)
         mask = np.ones(dim.size, dtype=bool)
         for leaf, index in table:
             keep = self._keeps.get(leaf)
@@ -85,6 +90,20 @@ class Selection:
             where = (*(indices[c.root] for c in keep.companions), index)
             mask &= np.where(index >= 0, keep.mask[where], True)
         return mask
+
+    def joint_mask(self, dims: Sequence[Dim]) -> Tensor | None:
+        """Bool, of the tensor's full shape, True where an element stays; None where all do."""
+        if not any(self.touches(dim) for dim in dims):
+            return None
+        shape = [dim.size for dim in dims]
+        if any(self._spreads(dim) for dim in dims):
+            return torch.from_numpy(self._mask(product_of_axes(dims))).reshape(shape)
+        joint = torch.ones(shape, dtype=torch.bool)
+        for axis, dim in enumerate(dims):
+            mask = self.mask(dim)
+            if mask is not None:
+                joint &= torch.from_numpy(mask).view(-1, *[1] * (len(dims) - axis - 1))
+        return joint
 
     def _leaf_count(self, leaf: Dim, keep: Keep) -> int:
         rows = keep.mask.reshape(-1, leaf.size)

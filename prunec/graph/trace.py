@@ -109,7 +109,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
 
 @contextmanager
 def _real_looking_parameters(module: nn.Module) -> Iterator[FakeTensorMode | None]:
-    """Stand in fake CPU tensors for meta parameters while tracing, so devices agree in the graph."""
+    """Stand fake CPU tensors in for meta parameters while tracing, so that devices agree."""
     slots = [
         (owner, name, parameter)
         for owner in module.modules()
@@ -156,7 +156,9 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
+    constants = {
+        name: value for name, value in exported.constants.items() if isinstance(value, Tensor)
+    }
     bindings: dict[str, str] = {}
     state: dict[str, Tensor] = {}
     for placeholder, source in sources.items():
@@ -199,7 +201,7 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_co
 
 
 def _clean(graph: fx.Graph, user_outputs: set[str]) -> None:
-    """Drop export's own checks and mutation outputs; put every node's module path in the model's names."""
+    """Drop export's own checks and mutation outputs; say modules in the model's own names."""
     for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.startswith(_CHECKS) and not node.users:

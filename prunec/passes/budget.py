@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from prunec.errors import PlanError
-from prunec.graph.cost import parameter_count
+from prunec.graph.cost import Counts, parameter_count
 from prunec.graph.coupling import CouplingGraph, blocks_of
 from prunec.passes.allocation import Allocation
 from prunec.passes.sites import Site, site_parameters
@@ -88,13 +88,16 @@ def block_budget(
     return Budget(_within_capacity(wants, capacity), capacity)
 
 
-def block_parameters(coupling: CouplingGraph) -> dict[str, int]:
-    """Parameters of each repeated block, in model order; the whole model where there is none."""
+def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> dict[str, int]:
+    """Parameters of each repeated block, in model order; the whole model where there is none.
+
+    ``counts`` are the units kept by leaf; others whole.
+    """
     names = [name for name in coupling.layout.parameters if name in coupling.program.parameters]
     blocks = blocks_of(names)
     if not blocks:
-        return {"": parameter_count(coupling)}
-    return {block: parameter_count(coupling, names=inside) for block, inside in blocks.items()}
+        return {"": parameter_count(coupling, counts)}
+    return {block: parameter_count(coupling, counts, names) for block, names in blocks.items()}
 
 
 def _home(site: Site, blocks: Mapping[str, int]) -> str:
@@ -126,9 +129,7 @@ def _check_reachable(ratio: float, total: int, capacity: Mapping[str, int]) -> N
         )
 
 
-def _within_capacity(
-    wants: Mapping[str, float], capacity: Mapping[str, int]
-) -> dict[str, float]:
+def _within_capacity(wants: Mapping[str, float], capacity: Mapping[str, int]) -> dict[str, float]:
     """What one site cannot give is asked of the others, in proportion to what they have left."""
     result = dict(wants)
     for _ in range(len(result)):

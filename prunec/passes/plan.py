@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def _keep(group: Group, entry: GroupKeep, companions: tuple[Dim, ...]) -> Keep:
                 f"{group.name}: no companion unit {list(row)}",
                 fix=f"its companions are {', '.join(group.companions) or 'none'}",
             )
-        mask[(*row, list(units))] = True
+        mask[row][list(units)] = True
     return Keep(mask, companions)
 
 
@@ -125,7 +125,7 @@ def _check(group: Group, entry: GroupKeep) -> None:
     if len({len(units) for units in entry.rows.values()}) != 1:
         raise PlanError(f"{group.name}: every companion unit must keep as many units")
     for units in entry.rows.values():
-        ordered = all(a < b for a, b in zip(units, units[1:], strict=False))
+        ordered = all(a < b for a, b in pairwise(units))
         if not units or not ordered or units[0] < 0 or units[-1] >= group.size:
             raise PlanError(
                 f"{group.name}: keep must be sorted indices from 0 to {group.size - 1}",
@@ -138,9 +138,7 @@ def _check(group: Group, entry: GroupKeep) -> None:
             )
 
 
-def _rows_of(
-    keep: Keep, selection: Selection
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _rows_of(keep: Keep, selection: Selection) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     survivors = []
     for companion in keep.companions:
         own = selection.keep(companion)
@@ -158,14 +156,15 @@ def _rows_to_json(rows: Mapping[tuple[int, ...], tuple[int, ...]]) -> Any:
     return {",".join(map(str, row)): list(units) for row, units in rows.items()}
 
 
+def _row(key: str) -> tuple[int, ...]:
+    return tuple(int(index) for index in key.split(",")) if key else ()
+
+
 def _group_from_json(name: str, entry: Any) -> GroupKeep:
     try:
         size, keep = entry["size"], entry["keep"]
-        rows = (
-            {tuple(int(i) for i in key.split(",")): tuple(units) for key, units in keep.items()}
-            if isinstance(keep, dict)
-            else {(): tuple(keep)}
-        )
+        listed = keep if isinstance(keep, dict) else {"": keep}
+        rows = {_row(str(key)): tuple(units) for key, units in listed.items()}
         whole = all(type(i) is int for units in rows.values() for i in units)
     except (TypeError, KeyError, ValueError) as error:
         raise PlanError(f"the plan's entry for {name} is not readable: {error!r}") from error

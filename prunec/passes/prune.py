@@ -1,4 +1,4 @@
-"""The prune pass: stream the calibration batches through the model, prune each site as it is reached."""
+"""The prune pass: batches stream through the model, each site is pruned as it is reached."""
 
 from __future__ import annotations
 
@@ -209,5 +209,3 @@ def _relative(loss: float, weight: Tensor, statistics: Statistics) -> float | No
     dense = weight.to(gram.dtype)
     energy = float(((dense @ gram) * dense).sum())
     return loss / energy if energy > 0 else 0.0
-
-

@@ -69,9 +69,7 @@ _PRODUCTS = {
 }
 
 
-def find_sites(
-    coupling: CouplingGraph, kinds: Collection[str]
-) -> tuple[list[Site], list[Skipped]]:
+def find_sites(coupling: CouplingGraph, kinds: Collection[str]) -> tuple[list[Site], list[Skipped]]:
     """The sites of all groups of these kinds, in graph order, and the groups that have none."""
     reads = _reads(coupling)
     places: dict[tuple[str, int], list[Group]] = {}
@@ -122,9 +120,7 @@ def _reads(coupling: CouplingGraph) -> dict[Dim, list[_Read]]:
     return found
 
 
-def site_problem(
-    site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tensor]
-) -> SiteProblem:
+def site_problem(site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tensor]) -> SiteProblem:
     """What a criterion is asked at this site. ``tensors`` are the present member parameters."""
     names = site_parameters(site)
     by_name = {group.name: group.dim for group in site.groups}
@@ -168,7 +164,7 @@ def _unit_set(group: Group, coupling: CouplingGraph, columns: Dim) -> UnitSet:
 def unit_positions(axis: Dim, leaf: Dim, companions: Sequence[Dim]) -> IntArray:
     """Int [C, U, width]: where each unit of a leaf stands on an axis, per companion index."""
     table = positions(axis)
-    first = {found: index for found, index in reversed(table)}
+    first = dict(reversed(table))
     rows = np.zeros(axis.size, dtype=np.int64)
     for companion in companions:
         rows = rows * companion.size + first[companion.root]

@@ -56,21 +56,21 @@ def slice_state(
     }
 
 
-def mask_state(
-    coupling: CouplingGraph, selection: Selection, state: Mapping[str, Tensor]
+def pad_state(
+    coupling: CouplingGraph, selection: Selection, sliced: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Every tensor at its full size, zero where the selection removes: the mask oracle's model."""
-    masked: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    """Sliced tensors scattered back to full size, zero where units went: the oracle's model."""
+    padded: dict[str, Tensor] = {}
+    for name, tensor in sliced.items():
         dims = coupling.layout.parameters.get(name, ())
-        keeps = [(axis, selection.mask(dim)) for axis, dim in enumerate(dims)]
-        result = tensor
-        for axis, mask in keeps:
-            if mask is not None:
-                gone = torch.from_numpy(np.flatnonzero(~mask)).to(tensor.device)
-                result = result.index_fill(axis, gone, 0)
-        masked[name] = result
-    return masked
+        mask = selection.joint_mask(dims)
+        if mask is None:
+            padded[name] = tensor
+        else:
+            full = tensor.new_zeros([dim.size for dim in dims])
+            full[mask.to(tensor.device)] = tensor.flatten()
+            padded[name] = full
+    return padded
 
 
 def slice_program(
@@ -93,7 +93,7 @@ def slice_program(
         call = resized_call(node, layout, selection)
         copy.target = call.target
         copy.args = fx.map_arg(call.args, lambda n: copies[n])
-        copy.kwargs = fx.map_arg(call.kwargs, lambda n: copies[n])
+        copy.kwargs = fx.map_arg(dict(call.kwargs), lambda n: copies[n])
         if call.select:
             copies[node] = _select(graph, call, copy, coupling, selection, tables)
     graph.lint()
@@ -126,6 +126,28 @@ def _select(
             index = graph.get_attr(name)
             copy = graph.call_function(torch.ops.aten.index_select.default, (copy, axis, index))
     return copy
+
+
+def bound_module(program: Program) -> fx.GraphModule:
+    """A program as a module of its own: called with the user's inputs, its tensors registered."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    names = {name: name.replace(".", "_") for name in program.state}
+    for node in program.graph.nodes:
+        bound = program.bindings.get(node.name) if node.op == "placeholder" else None
+        if bound is not None:
+            copies[node] = graph.get_attr(names[bound])
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    root = torch.nn.Module()
+    for name, tensor in program.state.items():
+        if name in program.parameters:
+            root.register_parameter(names[name], torch.nn.Parameter(tensor, requires_grad=False))
+        else:
+            root.register_buffer(names[name], tensor)
+    for name, table in program.graph_module.named_buffers():
+        root.register_buffer(name, table)
+    return fx.GraphModule(root, graph)
 
 
 def sliced_parameters(

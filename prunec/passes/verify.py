@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from prunec.errors import VerifyError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.selection import Selection
-from prunec.passes.slice import mask_state, slice_program, slice_state
+from prunec.passes.slice import pad_state, slice_program
 
 
 def relative_difference(result: Tensor, reference: Tensor) -> float:
@@ -22,28 +21,31 @@ def relative_difference(result: Tensor, reference: Tensor) -> float:
 def slicing_difference(
     coupling: CouplingGraph,
     selection: Selection,
-    state: Mapping[str, Tensor],
+    sliced: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
 ) -> float:
-    """Relative difference between the sliced program and the masked one on these inputs.
+    """Relative difference between the sliced program and its full-size twin, zero where units went.
 
     Exact (rounding aside) for every selection of groups that no norm or top-k runs over.
+
+    Args:
+        sliced: the program's tensors at their new sizes, compensated or not.
     """
-    masked = coupling.program.run(mask_state(coupling, selection, state), **inputs)
-    sliced = slice_program(coupling, selection, slice_state(coupling, selection, state))
-    return relative_difference(sliced.run(**inputs), masked)
+    padded = pad_state(coupling, selection, sliced)
+    reference = coupling.program.run(padded, **dict(inputs))
+    result = slice_program(coupling, selection, sliced).run(None, **dict(inputs))
+    return relative_difference(result, reference)
 
 
-def verify_slicing(
+def verify_sliced(
     coupling: CouplingGraph,
     selection: Selection,
-    state: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
+    sliced: Mapping[str, Tensor],
     *,
     tolerance: float = 1e-4,
 ) -> float:
-    """Raises VerifyError unless slicing equals masking; returns the relative difference."""
-    difference = slicing_difference(coupling, selection, state, inputs)
+    """How far slicing is from masking on the traced inputs; VerifyError if too far."""
+    difference = slicing_difference(coupling, selection, sliced, coupling.program.example)
     if not difference <= tolerance:
         raise VerifyError(
             f"the sliced model differs from the masked one by {difference:.2g} (relative)",

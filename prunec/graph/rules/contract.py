@@ -18,14 +18,14 @@ RULES.spec("aten::mv", "i j, j -> i")
 
 @RULES.register("aten::mm", "aten::bmm", "aten::matmul")
 def matmul(call: Call) -> Result:
-    names = [a.name for a in call.target._schema.arguments[:2]]
-    return _product(call, *names, call.shape)
+    left, right = (argument.name for argument in call.target._schema.arguments[:2])
+    return _product(call, left, right, call.shape)
 
 
 @RULES.register("aten::addmm", "aten::baddbmm", "aten::addbmm")
 def matmul_plus(call: Call) -> Result:
-    names = [a.name for a in call.target._schema.arguments[1:3]]
-    product = _product(call, *names, call.shape)
+    left, right = (argument.name for argument in call.target._schema.arguments[1:3])
+    product = _product(call, left, right, call.shape)
     return call.broadcast([product, call.dims("self")], call.shape)
 
 
@@ -94,7 +94,9 @@ def attention(call: Call) -> Result:
     call.unify(key[-2], value[-2])
     key_batch, value_batch = key[:-2], value[:-2]
     if len(query) > 2 and key_batch[-1].size != query[-3].size:
-        group, shared = as_product(query[-3], [key_batch[-1].size, query[-3].size // key_batch[-1].size])
+        group, shared = as_product(
+            query[-3], [key_batch[-1].size, query[-3].size // key_batch[-1].size]
+        )
         call.unify(group, key_batch[-1])
         call.unify(key_batch[-1], value_batch[-1])
         call.note(shared, "shared")

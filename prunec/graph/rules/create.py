@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from prunec.graph.rules.registry import RULES, Call, Domain, Resized, Result, Value
 from prunec.graph.selection import Selection
 
@@ -65,7 +64,9 @@ def triangle(call: Call) -> Result:
     return call.dims("self")
 
 
-@RULES.register("aten::tril_indices", "aten::triu_indices", "aten::meshgrid", "aten::cartesian_prod")
+@RULES.register(
+    "aten::tril_indices", "aten::triu_indices", "aten::meshgrid", "aten::cartesian_prod"
+)
 def coordinates(call: Call) -> Result:
     values: list[Value] = []
     for shape in call.shapes:
@@ -77,5 +78,3 @@ def coordinates(call: Call) -> Result:
         for dim in call.dims(node):
             call.pin(dim, "coordinates")
     return values
-
-

@@ -172,7 +172,10 @@ def gather(call: Call) -> Result:
 
 
 @RULES.register(
-    "aten::scatter", "aten::scatter_add", "aten::scatter_reduce", "aten::scatter_value",
+    "aten::scatter",
+    "aten::scatter_add",
+    "aten::scatter_reduce",
+    "aten::scatter_value",
     usage="index",
 )
 def scatter(call: Call) -> Result:

@@ -207,7 +207,9 @@ def cat(call: Call) -> Result:
     result: list[Dim] = []
     for i, size in enumerate(call.shape):
         column = [dims[i] for dims in full]
-        result.append(sum_of(column) if i == axis else call.broadcast([[d] for d in column], [size])[0])
+        result.append(
+            sum_of(column) if i == axis else call.broadcast([[d] for d in column], [size])[0]
+        )
     return tuple(result)
 
 
@@ -292,7 +294,7 @@ def _stride(call: Call, dim: Dim, size: int, step: int) -> Dim:
 
 @RULES.resizes("aten::slice")
 def resize_slice(call: Call, selection: Selection) -> Resized:
-    """Bounds become the number of kept positions before them; a strided start is a phase, not one."""
+    """Bounds become the number of kept positions before them; a strided start is a phase."""
     dim = call.dims("self")[call.axis()]
     mask = selection.mask(dim)
     if mask is None or (call.arg("step") or 1) != 1:
@@ -379,5 +381,3 @@ def _same_or_pinned(call: Call, dims: Dims) -> Dims:
             result.append(call.fresh(size))
             call.pin(result[-1], "a window")
     return tuple(result)
-
-

@@ -28,9 +28,7 @@ def layer_norm(call: Call) -> Result:
 @RULES.resizes(*(f"aten::{name}" for name in _LAYER_NORMS))
 def resize_layer_norm(call: Call, selection: Selection) -> Resized:
     count = len(call.arg("normalized_shape"))
-    return Resized(
-        {"normalized_shape": [selection.size(dim) for dim in call.result.dims[-count:]]}
-    )
+    return Resized({"normalized_shape": [selection.size(dim) for dim in call.result.dims[-count:]]})
 
 
 _BATCH_NORMS = (
@@ -122,7 +120,7 @@ def glu(call: Call) -> Result:
 
 @RULES.register("aten::_weight_norm", "aten::_weight_norm_interface")
 def weight_norm(call: Call) -> Result:
-    """g * v / |v|: the norm runs over every axis but ``dim``."""
+    """The result is g * v / |v|: the norm runs over every axis but ``dim``."""
     v, g = call.dims("v"), call.dims("g")
     axis = int(call.arg("dim")) % len(v)
     if g:

@@ -80,7 +80,9 @@ class Rule:
 class Call:
     """One operator call in a graph, with the axes of its operands at hand."""
 
-    def __init__(self, node: fx.Node, values: Mapping[fx.Node, Sequence[Value]], data: set[fx.Node]):
+    def __init__(
+        self, node: fx.Node, values: Mapping[fx.Node, Sequence[Value]], data: set[fx.Node]
+    ):
         self.node = node
         self._values = values
         self._data = data
@@ -305,7 +307,9 @@ def apply_spec(
         dims = call.dims(name)
         named = [letter for letter in term if letter != "..."]
         if len(dims) < len(named) or ("..." not in term and len(dims) != len(named)):
-            raise DimError(f"{call.name}: operand {name} has {len(dims)} axes, not {' '.join(term)}")
+            raise DimError(
+                f"{call.name}: operand {name} has {len(dims)} axes, not {' '.join(term)}"
+            )
         start = len(dims) - len(named)
         if "..." in term:
             leading.append(dims[:start])

@@ -1,0 +1,295 @@
+"""The public functions: the one place that joins the rooms."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import prunec
+from prunec.calibration import Calibration
+from prunec.codegen import Shrunk, load, register, save, shrink
+from prunec.errors import ExportError, PlanError
+from prunec.events import Progress, silent
+from prunec.graph.cost import flops, parameter_count
+from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.program import Program
+from prunec.graph.selection import Selection
+from prunec.graph.trace import Example, trace
+from prunec.models import example_inputs
+from prunec.passes.budget import block_budget, block_parameters
+from prunec.passes.plan import Plan
+from prunec.passes.prune import SiteReport, prune_sites
+from prunec.passes.recipe import Recipe, load_recipe
+from prunec.passes.sites import Skipped, find_sites
+from prunec.passes.slice import Weights, bound_module, slice_program, slice_state, sliced_parameters
+from prunec.passes.verify import verify_sliced
+
+__all__ = ["Report", "Result", "apply_plan", "couple", "load", "prune", "register", "trace"]
+
+Batches = Calibration | Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was asked, what was done and what it comes to.
+
+    Attributes:
+        recipe: the settings that ran, None for an explicit plan.
+        ratio: asked for, of the repeated blocks' parameters (None for an explicit plan).
+        block_parameters, parameters, flops: (before, after); FLOPs of one pass at the traced shape.
+        sites: one entry a site, in the order they were pruned.
+        skipped: groups of the wanted kinds that have no site, and why.
+        checks: how the result was proven.
+        calibration: digest and size of the calibration tokens.
+        seconds: of each step.
+    """
+
+    recipe: Recipe | None
+    ratio: float | None
+    seed: int
+    block_parameters: tuple[int, int]
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+    sites: tuple[SiteReport, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    checks: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def realised_ratio(self) -> float:
+        """The part of the repeated blocks' parameters that went."""
+        before, after = self.block_parameters
+        return 1 - after / before if before else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as prunec.json holds it."""
+        return {
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            "ratio": self.ratio,
+            "realised_ratio": self.realised_ratio,
+            "seed": self.seed,
+            "block_parameters": list(self.block_parameters),
+            "parameters": list(self.parameters),
+            "flops": list(self.flops),
+            "sites": [{**vars(site), "kept": dict(site.kept)} for site in self.sites],
+            "skipped": [vars(item) for item in self.skipped],
+            "checks": list(self.checks),
+            "calibration": dict(self.calibration),
+            "seconds": dict(self.seconds),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A smaller model, the plan it follows and the report of the run.
+
+    Attributes:
+        model: a module of the source's class with smaller weights; for a module that prunec has no
+            in-memory form for, the sliced graph.
+        plan: which units were kept.
+        report: what was asked and done.
+        program: the sliced graph.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    program: Program
+    shrunk: Shrunk | None = None
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        tokenizer: Any = None,
+        base_model: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Write a directory that ``from_pretrained`` opens without prunec.
+
+        It is written beside its place, reopened in a fresh process and compared, then renamed.
+
+        Raises:
+            ExportError: the directory exists, cannot be written, or the model is no transformers
+                model.
+            VerifyError: the reopened model differs; nothing is left behind.
+        """
+        if self.shrunk is None:
+            raise ExportError(
+                "only models of transformers can be saved as a directory",
+                fix="save result.model's state_dict, or use result.program",
+            )
+        metadata = {
+            "prunec": prunec.__version__,
+            "base_model": base_model,
+            "plan": self.plan.to_json(),
+            "report": self.report.to_json(),
+            "recipe": None if self.report.recipe is None else self.report.recipe.to_dict(),
+            "metrics": dict(metrics or {}),
+        }
+        save(
+            self.shrunk,
+            Path(directory),
+            tokenizer=tokenizer,
+            metadata=metadata,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def prune(
+    model: nn.Module,
+    *,
+    recipe: str | Recipe = "slimgpt",
+    ratio: float = 0.2,
+    calibration: Batches,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Remove a part of a model's repeated blocks and mend what is left.
+
+    Args:
+        model: any nn.Module; not changed.
+        recipe: the name of a shipped recipe, a YAML file, or a Recipe.
+        ratio: the fraction of the repeated blocks' parameters to remove, 0 to 1.
+        calibration: inputs by name, all batches of one shape.
+        seed: for recipes that draw numbers.
+        settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
+
+    Raises:
+        PlanError: a ratio that cannot be reached, an unknown recipe or setting.
+        TraceError, VerifyError: the model cannot be traced, or a check failed.
+    """
+    clock = _Clock()
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = chosen.override(settings or {})
+    criterion, allocation, compensation = _build(chosen, seed)
+    batches = _batches(calibration)
+    with progress.task("trace the model"), clock("trace"):
+        coupling = couple(trace(model, batches[0]))
+    sites, skipped = find_sites(coupling, chosen.units)
+    budget = block_budget(coupling, sites, allocation, ratio)
+    with clock("prune"):
+        pruned = prune_sites(
+            coupling, sites, budget, criterion, compensation, batches, progress=progress
+        )
+    plan = Plan.of(coupling, pruned.selection)
+    report = Report(
+        recipe=chosen,
+        ratio=ratio,
+        seed=seed,
+        sites=pruned.sites,
+        skipped=tuple(skipped),
+        calibration=_describe(calibration),
+        **_sizes(coupling, pruned.selection),
+    )
+    return _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, *, example: Example, progress: Progress = silent
+) -> Result:
+    """Slice a model to an explicit plan, without data and without correction.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    clock = _Clock()
+    with progress.task("trace the model"), clock("trace"):
+        coupling = couple(trace(model, example))
+    selection = plan.selection(coupling)
+    weights = Weights(coupling, slice_state(coupling, selection, coupling.program.state))
+    weights.selection = selection
+    report = Report(recipe=None, ratio=None, seed=0, **_sizes(coupling, selection))
+    return _deliver(model, coupling, weights, plan, report, clock, progress)
+
+
+def _build(recipe: Recipe, seed: int) -> tuple[Any, Any, Any]:
+    importance = recipe.importance
+    if importance.name == "random" and "seed" not in importance.options:
+        recipe = recipe.override({"importance.seed": seed})
+    return (
+        recipe.importance.build("importance"),
+        recipe.allocation.build("allocation"),
+        recipe.compensation.build("compensation"),
+    )
+
+
+def _batches(calibration: Batches) -> Sequence[Mapping[str, Tensor]]:
+    batches = calibration.batches if isinstance(calibration, Calibration) else list(calibration)
+    if not batches:
+        raise PlanError("there are no calibration batches", fix="give at least one")
+    return batches
+
+
+def _describe(calibration: Batches) -> dict[str, Any]:
+    if not isinstance(calibration, Calibration):
+        return {"batches": len(calibration)}
+    return {
+        "tokens": calibration.tokens,
+        "digest": calibration.digest,
+        "sources": list(calibration.sources),
+    }
+
+
+def _sizes(coupling: CouplingGraph, selection: Selection) -> dict[str, Any]:
+    counts = selection.counts
+    before, after = block_parameters(coupling), block_parameters(coupling, counts)
+    return {
+        "block_parameters": (sum(before.values()), sum(after.values())),
+        "parameters": (parameter_count(coupling), parameter_count(coupling, counts)),
+        "flops": (flops(coupling), flops(coupling, counts)),
+    }
+
+
+def _deliver(
+    model: nn.Module,
+    coupling: CouplingGraph,
+    weights: Weights,
+    plan: Plan,
+    report: Report,
+    clock: _Clock,
+    progress: Progress,
+) -> Result:
+    """Prove the slicing, and put the weights into a smaller module of the same class."""
+    program = slice_program(coupling, weights.selection, weights.tensors)
+    if not _is_transformers(model):
+        with progress.task("compare with the masked model"), clock("verify"):
+            difference = verify_sliced(coupling, weights.selection, weights.tensors)
+        checks = (f"sliced equals masked within {difference:.1e}",)
+        report = replace(report, checks=checks, seconds=clock.seconds)
+        return Result(bound_module(program), plan, report, program)
+    sliced = sliced_parameters(coupling, weights.selection, weights.tensors)
+    with clock("shrink and verify"):
+        shrunk = shrink(model, sliced, example=example_inputs(model), progress=progress)
+    report = replace(report, checks=shrunk.checks, seconds=clock.seconds)
+    return Result(shrunk.model, plan, report, program, shrunk)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+
+
+class _Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = time.perf_counter() - start

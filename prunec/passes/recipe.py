@@ -1,0 +1,186 @@
+"""Recipes: small YAML files that name a method's parts and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunec import registry
+from prunec.errors import PlanError
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a recipe, a plug-in's name and its options: ``obs{score=exact}``."""
+
+    name: str
+    options: Mapping[str, Scalar]
+
+    def __str__(self) -> str:
+        inner = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}{{{inner}}}" if inner else self.name
+
+    def build(self, group: str) -> Any:
+        """The plug-in with these options.
+
+        Raises:
+            PluginError: no plug-in of that name.
+            PlanError: an option it does not have (the nearest is named) or does not accept.
+        """
+        made = registry.plugin(group, self.name)
+        known = [f.name for f in fields(made)]
+        for key in self.options:
+            if key not in known:
+                raise PlanError(
+                    f"{group} {self.name} has no option {key!r}",
+                    fix=_nearest(key, known) if known else f"{self.name} has no options",
+                )
+        try:
+            return made(**self.options)
+        except TypeError as error:
+            raise PlanError(f"{group} {self}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: what is pruned, how units are ranked, how much each block gives, what mends it."""
+
+    name: str
+    summary: str
+    paper: str
+    deviations: tuple[str, ...]
+    units: tuple[str, ...]
+    importance: Part
+    allocation: Part
+    compensation: Part
+
+    def override(self, settings: Mapping[str, Scalar | Sequence[str]]) -> Recipe:
+        """This recipe with other settings: ``{"importance": "wanda", "allocation.first": 0.1}``.
+
+        A part's name replaces the part and drops its options.
+
+        Raises:
+            PlanError: for a key that a recipe does not have, naming the nearest.
+        """
+        recipe = self
+        for key, value in settings.items():
+            recipe = recipe._set(key, value)
+        return recipe
+
+    def _set(self, key: str, value: Any) -> Recipe:
+        head, _, option = key.partition(".")
+        if head == "units" and not option:
+            return replace(self, units=tuple(value.split(",") if isinstance(value, str) else value))
+        if head not in PARTS:
+            raise PlanError(
+                f"a recipe has no setting {key!r}", fix=_nearest(head, [*PARTS, "units"])
+            )
+        part: Part = getattr(self, head)
+        if option:
+            new = Part(part.name, {**part.options, option: value})
+        else:
+            new = part if value == part.name else Part(str(value), {})
+        changed: dict[str, Any] = {head: new}
+        return replace(self, **changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the YAML file."""
+        parts = {
+            head: {"name": part.name, **part.options}
+            for head in PARTS
+            for part in [getattr(self, head)]
+        }
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "paper": self.paper,
+            "deviations": list(self.deviations),
+            "units": list(self.units),
+            **parts,
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_dict(cls, data: Any, *, where: str) -> Recipe:
+        """Raises PlanError for anything but the keys of a recipe."""
+        if not isinstance(data, dict):
+            raise PlanError("a recipe is a mapping of settings", where=where)
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise PlanError(
+                    f"a recipe has no setting {key!r}", where=where, fix=_nearest(str(key), known)
+                )
+        missing = [key for key in ("name", "units", *PARTS) if key not in data]
+        if missing:
+            raise PlanError(f"the recipe lacks {', '.join(missing)}", where=where)
+        parts = {head: _part(data[head], where=f"{where}: {head}") for head in PARTS}
+        return cls(
+            name=str(data["name"]),
+            summary=str(data.get("summary", "")),
+            paper=str(data.get("paper", "")),
+            deviations=tuple(map(str, data.get("deviations", ()))),
+            units=tuple(map(str, data["units"])),
+            **parts,
+        )
+
+
+PARTS = ("importance", "allocation", "compensation")
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
+    folder = files("prunec.passes") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path.
+
+    Raises:
+        PlanError: neither exists (the nearest name is given), or the file is no recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise PlanError(f"no such recipe file: {name}")
+        return Recipe.from_dict(_parse(path.read_text(encoding="utf-8"), name), where=name)
+    if name not in recipe_names():
+        raise PlanError(f"no recipe named {name!r}", fix=_nearest(name, recipe_names()))
+    text = (files("prunec.passes") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return Recipe.from_dict(_parse(text, name), where=name)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"the recipe is not YAML: {error}", where=where) from error
+
+
+def _part(data: Any, *, where: str) -> Part:
+    if isinstance(data, str):
+        return Part(data, {})
+    if isinstance(data, dict) and isinstance(data.get("name"), str):
+        return Part(data["name"], {str(k): v for k, v in data.items() if k != "name"})
+    raise PlanError("a part of a recipe is a name, or a mapping with a name", where=where)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    listed = ", ".join(known)
+    return f"did you mean {near[0]!r}? There are: {listed}" if near else f"there are: {listed}"
