@@ -31,7 +31,9 @@ class Stream:
         batches: inputs by name, each of the traced shapes.
         weight: gives the present tensor of a parameter, buffer or constant by canonical name,
             already at the size that the present selection leaves.
-        device: where values are computed; live values of batches wait on ``storage``.
+        device: where values are computed and wait.
+        hold_bytes: how much the values held between two stops may take before they are computed
+            twice instead; by default as much as the program's tensors.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Stream:
         weight: Callable[[str], Tensor],
         *,
         device: torch.device | str = "cpu",
+        hold_bytes: int | None = None,
         selection: Selection | None = None,
     ):
         self.program = program
@@ -53,6 +56,10 @@ class Stream:
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = self._find_last_uses()
         self._cursor = 0
+        self._last_stop = -1
+        self._shared_until = 0
+        sizes = [tensor.nbytes for tensor in program.state.values()]
+        self._hold_bytes = sum(sizes) if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
         self._live = [self._start(batch) for batch in batches]
 
@@ -78,27 +85,44 @@ class Stream:
     def advance(self, stop: fx.Node, operand: fx.Node, visit: Visitor) -> None:
         """Run every batch up to, not including, ``stop``; show each its value of ``operand``.
 
+        Where the values of all batches at ``stop`` would take more than ``hold_bytes``, they are
+        dropped after the visit and computed again on the next advance, from just behind the last
+        stop: a wide site then costs time instead of memory.
+
         Raises:
             VerifyError: if a batch produces NaN or Inf there, naming the node.
         """
-        end = self._position[stop]
-        segment = self._nodes[self._cursor : end]
+        restart, end = self._last_stop + 1, self._position[stop]
+        before, after = self._nodes[self._cursor : restart], self._nodes[restart:end]
         with torch.no_grad():
-            self._run_shared(segment)
-            calls = self._calls(segment)
+            self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])
+            calls = self._calls([*before, *after])
+            hold = True
             for number, live in enumerate(self._live):
-                self._run(segment, live, calls)
+                self._run(before, live, calls)
+                held = dict(live)
+                self._run(after, live, calls)
                 visit(number, self._checked(live, operand, number))
-        self._drop_shared(end)
-        self._cursor = end
+                if number == 0:
+                    hold = self._held_bytes(live) * len(self._live) <= self._hold_bytes
+                if not hold:
+                    self._live[number] = held
+        self._last_stop = end
+        self._cursor = end if hold else restart
+        self._drop_shared(self._cursor)
+
+    def _held_bytes(self, live: Environment) -> int:
+        tensors = [value for value in live.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def finish(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the program's first output for each."""
         segment = self._nodes[self._cursor :]
+        fresh = self._nodes[max(self._cursor, self._shared_until) :]
         (output,) = self.program.graph.find_nodes(op="output")
         result = output.args[0][0]
         with torch.no_grad():
-            self._run_shared(segment)
+            self._run_shared(fresh)
             calls = self._calls(segment)
             for live in self._live:
                 self._run(segment, live, calls)
@@ -134,6 +158,8 @@ class Stream:
                 continue
             call = resized_call(node, self.layout, self.selection)
             self._shared[node] = self._execute(call, self._shared)
+        if segment:
+            self._shared_until = self._position[segment[-1]] + 1
 
     def _drop_shared(self, end: int) -> None:
         for node in [n for n in self._shared if self._last_use.get(n, -1) < end]:
