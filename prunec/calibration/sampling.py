@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
 from prunec.errors import CalibrationError
 from prunec.events import Progress, Task
 from prunec.models.cache import cached
 from prunec.models.digest import state_digest
-from prunec.models.quiet import quiet
+from prunec.models.generation import generates, plain_generation
 
 # Pieces of 256 tokens, 128 at once: on 2 cores a step costs little more for many sequences than
 # for few (its weights are read once), and short pieces keep the KV cache small.
@@ -55,25 +55,21 @@ def _sample(
     sequences = -(-total // piece)
     generator = torch.Generator(model.device).manual_seed(seed)
     batches: list[Tensor] = []
-    own = model.generation_config
-    # generate() fills what it is not told from the model's own settings (end marks, penalties):
-    # only without them is this the model's distribution.
-    model.generation_config = _plain_settings(start)
-    try:
-        with progress.task("sampling calibration text", total) as task, quiet():
-            for first in range(0, sequences, _AT_ONCE):
-                rows = min(_AT_ONCE, sequences - first)
-                begin = torch.full((rows, 1), start, device=model.device)
-                ids = model.generate(
-                    begin,
-                    attention_mask=torch.ones_like(begin),
-                    max_new_tokens=piece - 1,
-                    logits_processor=[_Draw(generator, task)],
-                )
-                task.advance(rows)
-                batches.append(ids.cpu())
-    finally:
-        model.generation_config = own
+    with (
+        progress.task("sampling calibration text", sequences * piece) as task,
+        plain_generation(model, padding=start),
+    ):
+        for first in range(0, sequences, _AT_ONCE):
+            rows = min(_AT_ONCE, sequences - first)
+            begin = torch.full((rows, 1), start, device=model.device)
+            ids = model.generate(
+                begin,
+                attention_mask=torch.ones_like(begin),
+                max_new_tokens=piece - 1,
+                logits_processor=[_Draw(generator, task)],
+            )
+            task.advance(rows)
+            batches.append(ids.cpu())
     return torch.cat(batches).reshape(-1)[:total].reshape(count, length).contiguous()
 
 
@@ -106,8 +102,7 @@ class _Draw(LogitsProcessor):
 def _start_token(model: Any, tokenizer: Any | None) -> int:
     """The begin mark, else the end mark, which separates texts where there is no begin mark."""
     config = getattr(model, "config", None)
-    writes = hasattr(model, "can_generate") and model.can_generate()
-    if not writes or getattr(config, "is_encoder_decoder", False):
+    if not generates(model):
         raise CalibrationError(
             f"{type(model).__name__} does not write text, so it cannot sample its own",
             fix="calibrate on a text file: --calibration PATH",
@@ -123,8 +118,3 @@ def _start_token(model: Any, tokenizer: Any | None) -> int:
         "the model has neither a begin nor an end mark to sample from",
         fix="calibrate on a text file: --calibration PATH",
     )
-
-
-def _plain_settings(padding: int) -> Any:
-    config: Any = GenerationConfig
-    return config(use_cache=True, pad_token_id=padding)

@@ -1,0 +1,188 @@
+"""How fast a model runs here, and how much memory it needs while it does."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria
+
+from prunec.evaluation.size import parameter_bytes
+from prunec.models.example import example_inputs
+from prunec.models.generation import generates, plain_generation
+
+_SAMPLE_S = 0.001
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over repeats, after a warm-up run.
+
+    `prefill_ms` is the time to the first token after `prompt` tokens in `batch` sequences;
+    `decode_ms_per_token` that of each of the `new_tokens` - 1 steps after it, with a KV cache
+    (None for a model that does not generate: `prefill_ms` is then one forward pass of its example
+    inputs). `peak_memory_bytes` is the weights and what a run needs beside them. `threads` is
+    torch's.
+    """
+
+    prefill_ms: float
+    decode_ms_per_token: float | None
+    peak_memory_bytes: int
+    threads: int
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+def measure(
+    model: nn.Module,
+    *,
+    batch: int = 1,
+    prompt: int = 512,
+    new_tokens: int = 32,
+    repeats: int = 3,
+) -> Speed:
+    """Latency of greedy generation from random tokens, and peak memory, in this process.
+
+    Memory on the CPU: the bytes of the parameters, and the growth of the process's resident
+    memory during one run of its own, sampled every millisecond after freed memory went back to
+    the system. So it does not depend on what else the process holds. On CUDA it is the
+    allocator's own peak.
+    """
+    assert batch > 0
+    assert prompt > 0
+    assert new_tokens > 1
+    assert repeats > 0
+    run = _generation(model, batch, prompt, new_tokens) if generates(model) else _forward(model)
+    with torch.inference_mode():
+        run()
+        runs = [run() for _ in range(repeats)]
+        peak = _peak_memory(model, run)
+    steps = [after for times in runs for after in times[1:]]
+    return Speed(
+        prefill_ms=1e3 * median(times[0] for times in runs),
+        decode_ms_per_token=1e3 * median(steps) if steps else None,
+        peak_memory_bytes=peak,
+        threads=torch.get_num_threads(),
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+    )
+
+
+def _generation(model: Any, batch: int, prompt: int, new_tokens: int) -> Callable[[], list[float]]:
+    """A run of generate(), which returns the seconds that each new token took."""
+    generator = torch.Generator().manual_seed(0)
+    size = int(model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(size, (batch, prompt), generator=generator).to(model.device)
+
+    def run() -> list[float]:
+        clock = _Clock(model.device)
+        with plain_generation(model, padding=0):
+            clock.start()
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                stopping_criteria=[clock],
+            )
+        return clock.seconds
+
+    return run
+
+
+def _forward(model: nn.Module) -> Callable[[], list[float]]:
+    inputs = example_inputs(model)
+    device = next(iter(inputs.values())).device
+
+    def run() -> list[float]:
+        clock = _Clock(device)
+        clock.start()
+        model(**inputs)
+        clock.tick()
+        return clock.seconds
+
+    return run
+
+
+class _Clock(StoppingCriteria):
+    """Asked after every token whether to stop: never, but it notes the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.last = 0.0
+
+    def start(self) -> None:
+        self.last = self._now()
+
+    def tick(self) -> None:
+        now = self._now()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _peak_memory(model: nn.Module, run: Callable[[], list[float]]) -> int:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    with resident_growth() as growth:
+        run()
+    return parameter_bytes(model) + growth()
+
+
+@contextmanager
+def resident_growth() -> Iterator[Callable[[], int]]:
+    """By how many bytes the process's resident memory grew at its highest, inside.
+
+    Sampled every millisecond by a thread: torch lets it run beside its operators.
+    """
+    process = psutil.Process()
+    _release_freed()
+    start = process.memory_info().rss
+    highest = start
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal highest
+        while not done.wait(_SAMPLE_S):
+            highest = max(highest, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield lambda: highest - start
+    finally:
+        done.set()
+        sampler.join()
+
+
+def _release_freed() -> None:
+    """Give freed memory back: what the allocator still holds would be reused without growth."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
