@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import prunec
 from prunec.calibration import Calibration
-from prunec.codegen import Shrunk, load, register, save, shrink
+from prunec.codegen.hf import save
+from prunec.codegen.load import load, register
+from prunec.codegen.shrink import Shrunk, shrink
 from prunec.errors import ExportError, PlanError
 from prunec.events import Progress, silent
 from prunec.graph.cost import flops, parameter_count

@@ -31,7 +31,8 @@ class Stream:
         batches: inputs by name, each of the traced shapes.
         weight: gives the present tensor of a parameter, buffer or constant by canonical name,
             already at the size that the present selection leaves.
-        device: where values are computed and wait.
+        device: where values are computed.
+        storage: where the batches' values wait between two stops.
         hold_bytes: how much the values held between two stops may take before they are computed
             twice instead; by default as much as the program's tensors.
     """
@@ -44,6 +45,7 @@ class Stream:
         weight: Callable[[str], Tensor],
         *,
         device: torch.device | str = "cpu",
+        storage: torch.device | str = "cpu",
         hold_bytes: int | None = None,
         selection: Selection | None = None,
     ):
@@ -52,6 +54,7 @@ class Stream:
         self.selection = selection or Selection()
         self._weight = weight
         self._device = torch.device(device)
+        self._storage = torch.device(storage)
         self._nodes = [node for node in program.graph.nodes if node.op != "output"]
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = self._find_last_uses()
@@ -62,12 +65,13 @@ class Stream:
         self._hold_bytes = sum(sizes) if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
         self._live = [self._start(batch) for batch in batches]
+        self._masks = [batch.get("attention_mask") for batch in batches]
 
     def _start(self, batch: Mapping[str, Tensor]) -> Environment:
         self.program.check_inputs(batch)
         names = self.program.inputs
         return {
-            node: batch[names[node.name]].to(self._device)
+            node: batch[names[node.name]].to(self._storage)
             for node in self._nodes
             if node.op == "placeholder" and node.name in names
         }
@@ -98,22 +102,25 @@ class Stream:
             self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])
             calls = self._calls([*before, *after])
             hold = True
-            for number, live in enumerate(self._live):
+            for number, waiting in enumerate(self._live):
+                live = _moved(waiting, self._device)
                 self._run(before, live, calls)
                 held = dict(live)
                 self._run(after, live, calls)
                 visit(number, self._checked(live, operand, number))
                 if number == 0:
-                    hold = self._held_bytes(live) * len(self._live) <= self._hold_bytes
-                if not hold:
-                    self._live[number] = held
+                    hold = _bytes(live) * len(self._live) <= self._hold_bytes
+                self._live[number] = _moved(live if hold else held, self._storage)
         self._last_stop = end
         self._cursor = end if hold else restart
         self._drop_shared(self._cursor)
 
-    def _held_bytes(self, live: Environment) -> int:
-        tensors = [value for value in live.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
+    def real_tokens(self, batch: int, value: Tensor) -> Tensor | None:
+        """Bool over a value's leading axes: which tokens are no padding; None where all are."""
+        mask = self._masks[batch]
+        if mask is None or tuple(value.shape[: mask.ndim]) != tuple(mask.shape):
+            return None
+        return mask.bool().to(value.device)
 
     def finish(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the program's first output for each."""
@@ -124,10 +131,11 @@ class Stream:
         with torch.no_grad():
             self._run_shared(fresh)
             calls = self._calls(segment)
-            for live in self._live:
+            for waiting in self._live:
+                live = _moved(waiting, self._device)
+                waiting.clear()
                 self._run(segment, live, calls)
                 yield live[result] if result in live else self._shared[result]
-                live.clear()
         self._cursor = len(self._nodes)
 
     def select(self, selection: Selection) -> None:
@@ -212,3 +220,14 @@ class Stream:
             )
         assert isinstance(value, Tensor)
         return value
+
+
+def _moved(live: Environment, device: torch.device) -> Environment:
+    return {
+        node: value.to(device) if isinstance(value, Tensor) else value
+        for node, value in live.items()
+    }
+
+
+def _bytes(live: Environment) -> int:
+    return sum(value.nbytes for value in live.values() if isinstance(value, Tensor))

@@ -19,12 +19,14 @@ class Budget:
 
     Args:
         wants: parameters to remove at each site, by site name.
-        granularity: parameters that one unit's removal can miss the target by, at the last site.
+        capacity: parameters that each site can give.
+        finest: parameters of the smallest unit anywhere.
     """
 
-    def __init__(self, wants: Mapping[str, float], capacity: Mapping[str, int]):
+    def __init__(self, wants: Mapping[str, float], capacity: Mapping[str, int], finest: int):
         self._wants = dict(wants)
         self._capacity = dict(capacity)
+        self._allowed = max(TOLERANCE * sum(wants.values()), finest)
         self.target = round(sum(wants.values()))
         self.removed = 0
         self._carry = 0.0
@@ -40,9 +42,9 @@ class Budget:
         self._carry -= removed
 
     def close(self) -> None:
-        """Raises PlanError if the total is not within TOLERANCE of the target."""
+        """Raises PlanError if the total misses the target by TOLERANCE and by a whole unit."""
         miss = abs(self.removed - self.target)
-        if miss > TOLERANCE * self.target:
+        if miss > self._allowed:
             raise PlanError(
                 f"{self.target:,} parameters were to go, whole units come to {self.removed:,}",
                 so=f"the result would be {miss / self.target:.1%} off the target",
@@ -85,7 +87,10 @@ def block_budget(
         block_held = sum(held[site.name] for site in by_block[block])
         for site in by_block[block]:
             wants[site.name] = share * held[site.name] / block_held
-    return Budget(_within_capacity(wants, capacity), capacity)
+    units = {site.name: _smallest_unit(coupling, site) for site in sites}
+    wants = _within_capacity({site.name: wants[site.name] for site in sites}, capacity)
+    wants = _settle_tail(wants, units, TOLERANCE * ratio * total)
+    return Budget(wants, capacity, min(units.values()))
 
 
 def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> dict[str, int]:
@@ -115,6 +120,30 @@ def _held(coupling: CouplingGraph, site: Site) -> int:
 def _least(coupling: CouplingGraph, site: Site) -> int:
     counts = {group.dim: group.minimum for group in site.groups}
     return parameter_count(coupling, counts, site_parameters(site))
+
+
+def _smallest_unit(coupling: CouplingGraph, site: Site) -> int:
+    names = site_parameters(site)
+    whole = parameter_count(coupling, names=names)
+    return min(
+        whole - parameter_count(coupling, {group.dim: group.size - 1}, names)
+        for group in site.groups
+    )
+
+
+def _settle_tail(
+    wants: Mapping[str, float], units: Mapping[str, int], fine: float
+) -> dict[str, float]:
+    """Behind the last fine site nothing can take up a remainder: ask for whole units there."""
+    names = list(wants)
+    anchor = next((i for i in reversed(range(len(names))) if units[names[i]] <= fine), None)
+    result = dict(wants)
+    if anchor is not None:
+        for name in names[anchor + 1 :]:
+            whole = round(wants[name] / units[name]) * units[name]
+            result[names[anchor]] += wants[name] - whole
+            result[name] = whole
+    return result
 
 
 def _check_reachable(ratio: float, total: int, capacity: Mapping[str, int]) -> None:

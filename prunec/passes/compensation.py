@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -20,14 +21,18 @@ class Compensation(Protocol):
         """Names of the statistics of the site's input that :meth:`compensate` reads."""
 
     def compensate(
-        self, weight: Tensor, gram: Tensor | None, keep: Tensor, *, name: str = "the site"
+        self,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+        keep: Tensor,
+        *,
+        name: str = "the site",
     ) -> Tensor:
         """New weights of the kept columns.
 
         Args:
             weight: ``[out, columns]``, not changed.
-            gram: ``[columns, columns]`` input Gram matrix of all columns; None where
-                :attr:`statistics` does not ask for it.
+            statistics: of the site's input, all columns; those that :attr:`statistics` names.
             keep: bool ``[columns]``.
             name: The site, for messages.
 
@@ -43,7 +48,12 @@ class NoCompensation:
     statistics: ClassVar[frozenset[str]] = frozenset()
 
     def compensate(
-        self, weight: Tensor, gram: Tensor | None, keep: Tensor, *, name: str = "the site"
+        self,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+        keep: Tensor,
+        *,
+        name: str = "the site",
     ) -> Tensor:
         """The kept columns of `weight`."""
         return weight[:, keep.to(weight.device)]
@@ -71,14 +81,19 @@ class ObsCompensation:
             raise PlanError(f"obs: damping {self.damping} is not possible", fix="use 0 or more")
 
     def compensate(
-        self, weight: Tensor, gram: Tensor | None, keep: Tensor, *, name: str = "the site"
+        self,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+        keep: Tensor,
+        *,
+        name: str = "the site",
     ) -> Tensor:
         """The kept columns of `weight`, moved to make up for the others.
 
         Raises:
             VerifyError: NaN or Inf in the Gram matrix.
         """
-        assert gram is not None, f"{name}: compensation reads the input Gram matrix"
+        gram = statistics["input_gram"]
         keep = keep.to(gram.device)
         kept, lost = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
         dense = weight.detach().to(gram.device, torch.float64)

@@ -112,8 +112,14 @@ class _Worker:
 
     def stream(self, batches: Sequence[Mapping[str, Tensor]]) -> Stream:
         coupling, weights = self._coupling, self._weights
+        device = weights(next(iter(coupling.program.parameters))).device
         return Stream(
-            coupling.program, coupling.layout, batches, weights, selection=weights.selection
+            coupling.program,
+            coupling.layout,
+            batches,
+            weights,
+            selection=weights.selection,
+            device=device,
         )
 
     def visit(self, site: Site, stream: Stream) -> None:
@@ -138,9 +144,10 @@ class _Worker:
         names = sorted(self._criterion.statistics | self._compensation.statistics)
         collectors = {name: collector(name, site=site.name) for name in names}
 
-        def update(_: int, value: Tensor) -> None:
+        def update(batch: int, value: Tensor) -> None:
+            tokens = stream.real_tokens(batch, value)
             for statistic in collectors.values():
-                statistic.update(value)
+                statistic.update(value, tokens)
 
         for node, operand in zip(site.nodes, site.operands, strict=True):
             stream.advance(node, operand, update)
@@ -164,7 +171,7 @@ class _Worker:
             raise PlanError(f"nothing was removed at {site.name}")
         mended = self._compensation.compensate(
             problem.weight,
-            statistics.get("input_gram"),
+            statistics,
             torch.from_numpy(mask),
             name=site.name,
         )
