@@ -87,23 +87,40 @@ def residual_leaves(program: Program, layout: Layout) -> set[Dim]:
 
 
 def residual_sums(program: Program, layout: Layout) -> list[fx.Node]:
-    """Additions of two tensors, one of which is computed from the other."""
+    """Additions of two tensors, one of which is computed from the other by way of a weight.
+
+    The way through a product matters: ``x + x**3`` inside an activation is no residual branch.
+    """
     ancestors: dict[fx.Node, int] = {}
+    through: dict[fx.Node, int] = {}  # those with a product on some way here
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     sums: list[fx.Node] = []
     for node in program.graph.nodes:
-        mask = 0
+        every = mixed = 0
         for source in node.all_input_nodes:
-            mask |= ancestors[source] | (1 << position[source])
-        ancestors[node] = mask
+            every |= ancestors[source] | (1 << position[source])
+            mixed |= through[source]
+        ancestors[node], through[node] = every, every if _is_product(node) else mixed
         operands = [n for n in node.all_input_nodes if n in layout.data]
         if len(operands) == 2 and _is_addition(node):
             a, b = operands
-            if ancestors[a] >> position[b] & 1 or ancestors[b] >> position[a] & 1:
+            if through[a] >> position[b] & 1 or through[b] >> position[a] & 1:
                 sums.append(node)
     return sums
 
 
+_PRODUCTS = ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "einsum", "_grouped_mm")
+
+
+def _is_product(node: fx.Node) -> bool:
+    name = _operator(node)
+    return name in _PRODUCTS or "conv" in name or "grouped_mm" in name
+
+
 def _is_addition(node: fx.Node) -> bool:
+    return _operator(node) == "add"
+
+
+def _operator(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.removesuffix("_") == "aten::add"
+    return "" if schema is None else str(schema.name).removeprefix("aten::").removesuffix("_")

@@ -62,6 +62,42 @@ class Selection:
         """The extent of ``dim`` after selection."""
         return extent(dim, self._counts)
 
+    def before(self, dim: Dim, bound: int) -> int:
+        """How many positions stay of the first ``bound`` of an axis.
+
+        Where the cut falls between parts this needs no mask, so that it is known even where
+        which units stay differs along another axis.
+        """
+        root = dim.root
+        if bound <= 0 or not self.touches(root):
+            return max(bound, 0)
+        if bound >= root.size:
+            return self.size(root)
+        if root.form == "sum":
+            return self._before_in_sum(root, bound)
+        inner = math.prod(part.size for part in root.parts[1:])
+        if root.form == "product" and bound % inner == 0:
+            rest = math.prod(self.size(part) for part in root.parts[1:])
+            kept = self.mask(root) if self._is_joint(root) else None
+            if kept is None:
+                return self.before(root.parts[0], bound // inner) * rest
+            return int(kept[:bound].sum())
+        mask = self.mask(root)
+        return bound if mask is None else int(mask[:bound].sum())
+
+    def _before_in_sum(self, dim: Dim, bound: int) -> int:
+        kept = 0
+        for part in dim.parts:
+            if bound < part.size:
+                return kept + self.before(part, bound)
+            kept, bound = kept + self.size(part), bound - part.size
+        return kept
+
+    def _is_joint(self, dim: Dim) -> bool:
+        """Whether a leaf of this axis loses units row by row."""
+        leaves = [leaf for leaf in dim.leaves() if leaf in self._keeps]
+        return any(self._keeps[leaf].companions for leaf in leaves) and not self._spreads(dim)
+
     def mask(self, dim: Dim) -> BoolArray | None:
         """Bool [dim.size], True where the position stays; None where all do.
 

@@ -82,7 +82,7 @@ def check_groups(coupling: CouplingGraph, *, tolerance: float = 1e-9) -> Iterato
 
 def numbered(dim: Dim) -> bool:
     """Whether positions of this leaf are also numbers: no order but its own is right."""
-    return dim.has("numbered")
+    return dim.has("numbered") or dim.has("tabled")
 
 
 def check_selection(

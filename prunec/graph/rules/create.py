@@ -11,6 +11,8 @@ def arange(call: Call) -> Result:
     dim = call.fresh(call.shape[0])
     start, step = call.arg("start") or 0, call.arg("step") or 1
     counter = start == 0 and step == 1
+    if not counter:
+        call.note(dim, "tabled")
     return Value((dim,), Domain(dim, ordinal=True) if counter else None)
 
 
@@ -25,7 +27,11 @@ def resize_arange(call: Call, selection: Selection) -> Resized:
 
 @RULES.register("aten::linspace", "aten::eye", "aten::hann_window", "aten::logspace")
 def table(call: Call) -> Result:
-    return tuple(call.fresh(size) for size in call.shape)
+    """Numbers that depend on the position."""
+    dims = tuple(call.fresh(size) for size in call.shape)
+    for dim in dims:
+        call.note(dim, "tabled")
+    return dims
 
 
 @RULES.resizes("aten::linspace", "aten::eye", "aten::hann_window", "aten::logspace")

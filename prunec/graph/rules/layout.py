@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from prunec.errors import DimError
@@ -296,24 +295,23 @@ def _stride(call: Call, dim: Dim, size: int, step: int) -> Dim:
 def resize_slice(call: Call, selection: Selection) -> Resized:
     """Bounds become the number of kept positions before them; a strided start is a phase."""
     dim = call.dims("self")[call.axis()]
-    mask = selection.mask(dim)
-    if mask is None or (call.arg("step") or 1) != 1:
+    if not selection.touches(dim) or (call.arg("step") or 1) != 1:
         return Resized()
     bounds = {}
     for name in ("start", "end"):
         bound = call.arg(name)
         if isinstance(bound, int) and bound != 0:
-            bounds[name] = int(mask[: bound + dim.size if bound < 0 else bound].sum())
+            bounds[name] = selection.before(dim, bound + dim.size if bound < 0 else bound)
     return Resized(bounds)
 
 
 @RULES.resizes("aten::narrow")
 def resize_narrow(call: Call, selection: Selection) -> Resized:
     axis = call.axis()
-    mask = selection.mask(call.dims("self")[axis])
-    if mask is None:
+    dim = call.dims("self")[axis]
+    if not selection.touches(dim):
         return Resized()
-    start = int(mask[: call.arg("start")].sum())
+    start = selection.before(dim, int(call.arg("start")))
     return Resized({"start": start, "length": selection.size(call.result.dims[axis])})
 
 
@@ -331,11 +329,10 @@ def select(call: Call) -> Result:
 @RULES.resizes("aten::select")
 def resize_select(call: Call, selection: Selection) -> Resized:
     dim = call.dims("self")[call.axis()]
-    mask = selection.mask(dim)
     index = call.arg("index")
-    if mask is None or not isinstance(index, int):
+    if not selection.touches(dim) or not isinstance(index, int):
         return Resized()
-    return Resized({"index": int(np.count_nonzero(mask[: index % dim.size]))})
+    return Resized({"index": selection.before(dim, index % dim.size)})
 
 
 @RULES.register("aten::flip", "aten::roll", usage="move")
