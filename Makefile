@@ -30,7 +30,8 @@ check: $(STAMP)  ## ruff, mypy, import-linter: what the pre-commit hook runs
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## run the benchmarks, which write benchmarks/results/*.json
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/scaling.py
 
 engines: $(STAMP)  ## add llama.cpp (needs a compiler), Chromium, onnxruntime, lm-eval and peft
 	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx]' peft llama-cpp-python

@@ -25,7 +25,9 @@ def analyze(
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List what can be pruned from MODEL: its groups of coupled weights, and what is pinned.
+    """List what can be pruned, and what is pinned.
+
+    A group is a set of weights that must be cut together; a unit is what one cut removes.
 
     Example: prunec analyze smollm2 --why --svg coupling.svg
     """

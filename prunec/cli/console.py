@@ -140,12 +140,19 @@ class Screen:
         text = json.dumps(value, indent=2) + "\n"
         if self._json == "-":
             sys.stdout.write(text)
-        else:
+            return
+        try:
             write_text(Path(self._json), text)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ExportError(f"cannot write {self._json}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; a device or a pipe just gets the text."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

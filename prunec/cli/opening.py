@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from prunec.errors import ModelError
 
 if TYPE_CHECKING:
-    from prunec import CouplingGraph
+    from prunec import CouplingGraph, Result
     from prunec.cli.console import Screen
     from prunec.events import Progress
     from prunec.models import Source
@@ -31,32 +32,66 @@ def open_source(
     trust_remote_code: bool = False,
 ) -> Source:
     """The MODEL that the user named; the demo model is downloaded where it is not installed."""
+    import prunec
     from prunec.models import open_model
+    from prunec.models.quiet import quiet
 
     if spec == "smollm2":
         ensure_smollm2(progress)
-    return open_model(
-        spec,
-        dtype=dtype,
-        device=device,
-        weights=weights,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    with quiet(), progress.task(f"open {spec}"):
+        return open_model(
+            spec,
+            dtype=dtype,
+            device=device,
+            weights=weights,
+            trust_remote_code=trust_remote_code,
+            load_pruned=prunec.load,
+            progress=progress,
+        )
+
+
+def save_result(
+    result: Result, out: Path, source: Source, progress: Progress, *, overwrite: bool
+) -> None:
+    """Write the directory, without the progress bars that transformers draws."""
+    from prunec.models.quiet import quiet
+
+    with quiet():
+        result.save(
+            out,
+            tokenizer=source.tokenizer,
+            base_model=source.spec,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def open_coupled(
     spec: str, screen: Screen, *, trust_remote_code: bool
 ) -> tuple[Source, CouplingGraph]:
-    """The MODEL without its weights, traced and coupled: what analyses need."""
+    """The MODEL traced and coupled, its weights unread where its config tells their shapes."""
     import prunec
 
-    source = open_source(spec, screen, weights="meta", trust_remote_code=trust_remote_code)
+    source = open_source(
+        spec,
+        screen,
+        weights="load" if _is_pruned(Path(spec)) else "meta",
+        trust_remote_code=trust_remote_code,
+    )
     with screen.task("trace"):
         program = prunec.trace(source.model, source.example)
     with screen.task("couple"):
         coupling = prunec.couple(program)
     return source, coupling
+
+
+def _is_pruned(directory: Path) -> bool:
+    """Whether prunec wrote it: its stock config has the dense model's shapes."""
+    config = directory / "config.json"
+    try:
+        return "prunec" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # no directory of ours; opening it says what is wrong
 
 
 def ensure_smollm2(progress: Progress) -> None:

@@ -16,9 +16,10 @@ def trace(
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Trace MODEL and say what is in its graph and what was not understood.
+    """Trace MODEL: what its graph holds.
 
-    Only the configuration is read, not the weights, where that is enough.
+    Lists nodes, parameters, and what could not be understood. Only the configuration is read, not
+    the weights, where that is enough.
 
     Example: prunec trace smollm2 --json trace.json
     """

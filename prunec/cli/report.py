@@ -1,0 +1,53 @@
+"""A pruning report as tables: what it cost, and what each site gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prunec.api import Report
+    from prunec.cli.console import Screen
+    from prunec.passes.prune import SiteReport
+
+
+def show_report(screen: Screen, report: Report) -> None:
+    """Totals, the ratio wanted and realised at every site, what was skipped, what was checked."""
+    screen.table(
+        "Result", ["", "before", "after", "removed"], [_change(*row) for row in _totals(report)]
+    )
+    if report.sites:
+        columns = ["site", "parameters", "wanted", "realised", "kept", "error"]
+        screen.table("Sites", columns, [_site(site) for site in report.sites], words=(0, 4))
+    if report.skipped:
+        screen.facts("Left whole", [[item.group, item.reason] for item in report.skipped])
+    screen.say(f"Comparisons with the masked model that passed: {len(report.checks)}")
+
+
+def _totals(report: Report) -> list[tuple[str, int, int]]:
+    return [
+        ("block parameters", *report.block_parameters),
+        ("all parameters", *report.parameters),
+        ("FLOPs of a pass", *report.flops),
+    ]
+
+
+def _change(name: str, before: int, after: int) -> list[str]:
+    removed = 1 - after / before if before else 0.0
+    return [name, f"{before:,}", f"{after:,}", f"{removed:.2%}"]
+
+
+def _site(site: SiteReport) -> list[str]:
+    """Ratios are of the parameters that the site's groups hold."""
+    return [
+        site.site,
+        f"{site.parameters:,}",
+        f"{site.wanted / site.parameters:.1%}",
+        f"{site.removed / site.parameters:.1%}",
+        _kept(site.kept),
+        "" if site.error is None else f"{site.error:.4f}",
+    ]
+
+
+def _kept(kept: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.rpartition('/')[2]}" for name, count in kept.items())
