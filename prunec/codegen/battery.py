@@ -1,0 +1,218 @@
+"""The comparisons that a shrunk module must stand: shapes, padding, attention code, caches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+SHAPES = ((2, 7), (1, 1), (3, 12))  # (batch, sequence)
+# what a module with wrong numbers in it raises; anything else is a bug of ours
+FORWARD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way to run a model.
+
+    Attributes:
+        name: as reported.
+        inputs: by keyword.
+        attention: the attention implementation, None where the model has no choice.
+        decode: the last token through the cache of the others, instead of all at once.
+        real: bool [batch, sequence] of the positions that padding leaves, None for all.
+    """
+
+    name: str
+    inputs: Inputs
+    attention: str | None = None
+    decode: bool = False
+    real: Tensor | None = field(default=None, repr=False)
+
+
+def checks(
+    model: Any, example: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]] = SHAPES
+) -> list[Check]:
+    """The battery for one model. Not all may apply to it: `shrink.usable` asks the reference."""
+    found = []
+    text = _text_names(example)
+    accepts = set(inspect.signature(model.forward).parameters)
+    for attention in attention_choices(model):
+        under = f", {attention} attention" if attention else ""
+        for batch, length in shapes:
+            inputs = resized(model, example, batch, length)
+            size = f"{batch} x {length}" if text else f"batch {batch}"
+            found.append(Check(f"{size}{under}", inputs, attention))
+            if text and length > 2 and "attention_mask" in accepts:
+                mask = torch.ones(batch, length, dtype=torch.long)
+                mask[0, : length // 2] = 0
+                padded = {**inputs, "attention_mask": mask}
+                real = mask.bool() if _decoded(text) == "input_ids" else None
+                found.append(Check(f"{size}, left padding{under}", padded, attention, real=real))
+                if _caches(model, accepts):
+                    name = f"{size}, left padding, cached decoding{under}"
+                    found.append(Check(name, padded, attention, True, real))
+            if text and length > 2 and _caches(model, accepts):
+                found.append(Check(f"{size}, cached decoding{under}", inputs, attention, True))
+    return found
+
+
+def attention_choices(model: Any) -> list[str | None]:
+    """The attention implementations that the model can be switched between, its own first."""
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if current is None or not hasattr(model, "set_attn_implementation"):
+        return [None]
+    names: list[str | None] = [current]
+    for name in {"eager", "sdpa"} - {current}:
+        supported = name == "eager" or getattr(model, "_supports_sdpa", False)
+        if supported and model._can_set_attn_implementation():
+            names.append(name)
+    return names
+
+
+def _text_names(example: Mapping[str, Tensor]) -> list[str]:
+    return [n for n, t in example.items() if t.ndim == 2 and not t.is_floating_point()]
+
+
+def _decoded(names: Sequence[str]) -> str:
+    return "decoder_input_ids" if "decoder_input_ids" in names else "input_ids"
+
+
+def _caches(model: Any, accepts: set[str]) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate and can_generate() and {"past_key_values", "use_cache"} <= accepts)
+
+
+def resized(model: nn.Module, example: Mapping[str, Tensor], batch: int, length: int) -> Inputs:
+    """Seeded random inputs like `example`: another batch size and, for tokens, another length."""
+    generator = torch.Generator().manual_seed(batch * 1000 + length)
+    made = {}
+    for name, tensor in example.items():
+        if tensor.ndim == 2 and not tensor.is_floating_point():
+            high = 2 if name.endswith("mask") else _vocabulary(model, tensor)
+            made[name] = torch.randint(1, high, (batch, length), generator=generator)
+        elif tensor.is_floating_point():
+            shape = (batch, *tensor.shape[1:])
+            made[name] = torch.randn(shape, generator=generator, dtype=torch.float32)
+        else:
+            made[name] = tensor[:1].expand(batch, *tensor.shape[1:]).clone()
+    return made
+
+
+def _vocabulary(model: nn.Module, example: Tensor) -> int:
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    config = getattr(model, "config", None)
+    known = getattr(config, "vocab_size", None)
+    return int(known) if known else max(2, min([int(example.max()) + 1, *sizes]))
+
+
+@contextmanager
+def _attention(model: Any, name: str | None) -> Iterator[None]:
+    if name is None or model.config._attn_implementation == name:
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, check: Check) -> list[Tensor]:
+    """The floating-point outputs of one check, logits first; padding positions left out."""
+    with _attention(model, check.attention):
+        run = _decode_last if check.decode else _at_once
+        found = run(model, check.inputs)
+    return _without_padding(found, check)
+
+
+@torch.no_grad()
+def expected(model: nn.Module, check: Check) -> list[Tensor]:
+    """What `check` must give, from the reference: always all at once, never through a cache."""
+    with _attention(model, check.attention):
+        found = _at_once(model, check.inputs)
+    return _without_padding([found[0][:, -1:]] if check.decode else found, check)
+
+
+def _without_padding(found: list[Tensor], check: Check) -> list[Tensor]:
+    if check.real is None:
+        return found
+    batch, length = check.real.shape
+    return [
+        t[check.real[:, -t.shape[1] :].to(t.device)]
+        if t.ndim > 1 and t.shape[0] == batch and t.shape[1] in (1, length)
+        else t
+        for t in found
+    ]
+
+
+def _at_once(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    accepts = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False} if "use_cache" in accepts else {}
+    return _tensors(model(**_cast(model, inputs), **extra))
+
+
+def _cast(model: nn.Module, inputs: Inputs) -> Inputs:
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return inputs
+    return {
+        name: t.to(like.device, like.dtype if t.is_floating_point() else None)
+        for name, t in inputs.items()
+    }
+
+
+def _decode_last(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Logits of the last position, computed from the cache of the others."""
+    name = _decoded(list(inputs))
+    inputs = _cast(model, inputs)
+    tokens, mask = inputs[name], inputs.get("attention_mask")
+    head = {**inputs, name: tokens[:, :-1]}
+    if mask is not None and name == "input_ids":
+        head["attention_mask"] = mask[:, :-1]
+    past = model(**head, use_cache=True).past_key_values
+    last = {**inputs, name: tokens[:, -1:]}
+    return _tensors(model(**last, past_key_values=past, use_cache=True))[:1]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest absolute difference over the largest absolute value; inf for other shapes or NaN."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if b.numel():
+            gap = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
+            worst = max(worst, float(gap) if torch.isfinite(gap) else float("inf"))
+    return worst
+
+
+def tolerance(model: nn.Module) -> float:
+    """Relative: 1e-4 in fp32, 1e-9 in fp64, two units in the last place below."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    exact = {torch.float32: 1e-4, torch.float64: 1e-9}
+    return exact.get(dtype, 2 * torch.finfo(dtype).eps)

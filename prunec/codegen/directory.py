@@ -1,0 +1,125 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from prunec.errors import ExportError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def check_target(directory: Path, *, overwrite: bool = False) -> None:
+    """Refuse early what `staged` would refuse: call it before hours of work.
+
+    Raises:
+        ExportError: `directory` exists and may not be replaced, or cannot be created.
+    """
+    if directory.is_symlink() or directory.exists():
+        if not overwrite:
+            raise ExportError(
+                "the output directory exists", where=str(directory), fix="--overwrite"
+            )
+        if not directory.is_dir():
+            raise ExportError("the output is a file", where=str(directory), fix="name a directory")
+        inside = {path.name for path in directory.iterdir()}
+        if inside and "config.json" not in inside:
+            raise ExportError(
+                "the output directory holds something else than a model",
+                where=str(directory),
+                fix="remove it yourself, or name another",
+            )
+    parent = next(p for p in directory.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError("cannot write here", where=str(parent), fix="name another directory")
+
+
+@contextmanager
+def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A private temporary sibling of `directory` that takes its name if the block succeeds.
+
+    If it does not (an error, a full disk, Ctrl-C), nothing is left of it and an existing directory
+    is as it was.
+
+    Raises:
+        ExportError: as `check_target`, or the file system refuses.
+    """
+    check_target(directory, overwrite=overwrite)
+    directory = directory.resolve()
+    created = _make_parents(directory.parent)
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        _deliver(temporary, directory)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in created:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise _refused(error, directory) from error
+        raise
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create the missing parents; return those created, innermost first."""
+    missing = [p for p in (parent, *parent.parents) if not p.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _deliver(temporary: Path, directory: Path) -> None:
+    """Give `temporary` the name; what had it is removed, after an exchange in one step."""
+    if not directory.exists():
+        temporary.rename(directory)
+        return
+    if not _exchange(temporary, directory):
+        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        directory.rename(aside)
+        try:
+            temporary.rename(directory)
+        except BaseException:
+            aside.rename(directory)
+            raise
+        temporary = aside
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically, where the system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return int(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)) == 0
+
+
+def _refused(error: Exception, directory: Path) -> ExportError:
+    text = str(error)
+    full = getattr(error, "errno", None) == 28 or "StorageFull" in text or "code: 28" in text
+    return ExportError(
+        "the disk is full" if full else f"the file system refuses: {text}",
+        where=str(directory),
+        so="nothing was written",
+        fix="free some space, or name a directory elsewhere" if full else None,
+    )

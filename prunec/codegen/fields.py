@@ -1,0 +1,293 @@
+"""What of the new sizes the stock config can say: for all layers at once, or layer by layer.
+
+Config fields are found as module numbers are: a field may stand for an extent that it equals, and a
+set of fields is right if the stock class, built from them on meta, has exactly the new shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunec.codegen.attributes import Candidate, Values, candidate, sizes_seen
+from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
+from prunec.codegen.perturb import meta_model, numbers_of
+from prunec.codegen.search import Choice, search
+from prunec.codegen.twin import assemble, stock_class, tensors_of
+from prunec.errors import ExportError
+from prunec.graph.selection import Sliced
+
+LIMIT = 64  # settings tried; each builds the class on meta
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """Config fields that say the new sizes.
+
+    Attributes:
+        uniform: fields to change for the stock class to be the shrunk module; None if it cannot.
+        reason: why it cannot.
+        layers: layer -> fields that differ from the global ones there.
+        base: fields to state globally for `layers` to hold, such as an explicit head_dim.
+    """
+
+    uniform: dict[str, Any] | None = None
+    reason: str = "the model has no config"
+    layers: dict[int, dict[str, int]] = field(default_factory=dict)
+    base: dict[str, int] = field(default_factory=dict)
+
+
+def config_fields(
+    model: nn.Module, small: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]
+) -> ConfigFields:
+    """Fields for the stock class, if it can be `small` exactly, and fields by layer."""
+    if getattr(model, "config", None) is None:
+        return ConfigFields()
+    path = _layer_list(model)
+    layers, base = _layer_fields(model, small, sliced, path) if path else ({}, {})
+    uniform: dict[str, Any] | None = None
+    if sliced.added:
+        reason = f"{len(sliced.added)} parameters are not in the stock class"
+    elif (name := _uneven(model, small)) is not None:
+        reason = f"the layers differ in size ({name})"
+    else:
+        uniform, reason = _uniform_fields(model, small, sliced, example)
+    if path:
+        layers = _with_cache_geometry(small, path, layers, base, example)
+    return ConfigFields(uniform, reason, layers, base)
+
+
+def _layer_list(model: Any) -> str | None:
+    """The module list of the decoder layers: as long as the config says, the only such one."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [p for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    fitting = [p for p in lists if len(model.get_submodule(p)) == count]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def shapes_of(model: nn.Module, prefix: str = "") -> Shapes:
+    """Shapes of the parameters whose names start with `prefix`, by the rest of their names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {n[len(prefix) :]: tuple(p.shape) for n, p in named if n.startswith(prefix)}
+
+
+def _uneven(model: nn.Module, small: nn.Module) -> str | None:
+    """A parameter that is alike in all layers of the model and no longer in those of `small`."""
+    after, seen = shapes_of(small), dict[object, tuple[int, ...]]()
+    for name, before in shapes_of(model).items():
+        pattern = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+        if seen.setdefault((pattern, before), after[name]) != after[name]:
+            return pattern
+    return None
+
+
+def _explicit_head_dim(config: Any) -> Iterator[dict[str, int]]:
+    """No field more; then the head_dim that the class otherwise works out from the head count."""
+    yield {}
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if heads and hidden and not getattr(config, "head_dim", None):
+        yield {"head_dim": hidden // heads}
+
+
+def _layer_fields(
+    model: Any, small: nn.Module, sliced: Sliced, path: str
+) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+    """Fields by layer such that the class built from layer i's has layer i's shapes.
+
+    Where no set of fields gives all shapes, those that alone give the shapes that they change.
+    """
+    found = _field_candidates(model, sliced, path)
+    layers = _Layers(model, small, path)
+    for base in _explicit_head_dim(model.config):
+        try:
+            accepted = search(found, lambda c, b=base: layers.differ(c, b), LIMIT)
+        except ExportError:
+            continue
+        return _by_layer(_fewest(accepted.choice, accepted.equivalents)), base
+    alone = {c: v for c in found for v in c.options[:-1] if layers.explains({c: v})}
+    return _by_layer(alone), {}
+
+
+def _field_candidates(model: Any, sliced: Sliced, path: str) -> list[Candidate]:
+    count = len(model.get_submodule(path))
+    places = tuple(f"{path}.{i}" for i in range(count))
+    sizes = [sizes_seen(model, sliced, place) for place in places]
+    found = []
+    for name in numbers_of(model.config):
+        old: Values = tuple(_layer_value(model.config, i, name) for i in range(count))
+        made = candidate("layer", name, places, old, sizes)
+        found += [made] if made is not None else []
+    return found
+
+
+class _Layers:
+    """Compares the layers of the stock class, built from given fields, with the shrunk ones."""
+
+    def __init__(self, model: Any, small: nn.Module, path: str) -> None:
+        self._model = model
+        self._places = [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]
+        self._wanted = [shapes_of(small, place + ".") for place in self._places]
+        self._built: dict[object, nn.Module | None] = {}
+
+    def _layer(self, at: int, fields: dict[str, Any]) -> Shapes:
+        """Shapes of one layer of the class built from these fields; empty if it refuses them."""
+        key = tuple(sorted(fields.items()))
+        if key not in self._built:
+            cls, config = stock_class(self._model), self._model.config
+            self._built[key] = meta_model(cls, config, fields, validate=False)
+        built = self._built[key]
+        return {} if built is None else shapes_of(built, self._places[at] + ".")
+
+    def differ(self, choice: Choice, base: dict[str, int]) -> str | None:
+        for at, wanted in enumerate(self._wanted):
+            if self._layer(at, {**base, **_changes(choice, at)}) != wanted:
+                return f"layer {at} has other shapes"
+        return None
+
+    def explains(self, choice: Choice) -> bool:
+        """Whether these fields change some shapes, and only to what they must be."""
+        effect = False
+        for at, wanted in enumerate(self._wanted):
+            stock, built = self._layer(at, {}), self._layer(at, _changes(choice, at))
+            changed = {n: s for n, s in built.items() if s != stock[n]}
+            if not built or any(shape != wanted[n] for n, shape in changed.items()):
+                return False
+            effect |= bool(changed)
+        return effect
+
+
+def _changes(choice: Choice, at: int) -> dict[str, Any]:
+    return {c.name: v[at] for c, v in choice.items() if v[at] != c.old[at]}
+
+
+def _layer_value(config: Any, layer: int, name: str) -> int:
+    if getattr(config, "is_heterogeneous", False):
+        return int(getattr(config.per_layer_config[layer], name))
+    return int(getattr(config, name))
+
+
+def _fewest(choice: Choice, equivalents: Mapping[Candidate, tuple[Values, ...]]) -> Choice:
+    """Fields that no shape depends on stay as they are."""
+    return {c: c.old if c.old in equivalents[c] else values for c, values in choice.items()}
+
+
+def _by_layer(choice: Choice) -> dict[int, dict[str, int]]:
+    """Only fields that vary from layer to layer or from the model's own."""
+    varying = {c: v for c, v in choice.items() if v != c.old}
+    rows = zip(*varying.values(), strict=True)
+    return {at: dict(zip((c.name for c in varying), r, strict=True)) for at, r in enumerate(rows)}  # type: ignore[misc]
+
+
+def _uniform_fields(
+    model: Any, small: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]
+) -> tuple[dict[str, Any] | None, str]:
+    config, cls = model.config, stock_class(model)
+    fields = numbers_of(config)
+    news: dict[int, tuple[int, ...]] = {}
+    for extent in sliced.extents:
+        news[extent.old] = tuple(dict.fromkeys((*news.get(extent.old, ()), extent.new)))
+    found = [_global(name, old, news[old]) for name, old in fields.items() if old in news]
+    spare = sorted({n for old, new in news.items() if old not in fields.values() for n in new})
+    empty = [n for n, v in vars(config).items() if v is None and not n.startswith("_")]
+    wanted, refusals = shapes_of(small), []
+
+    def judge(choice: Choice, more: dict[str, Any]) -> str | None:
+        changed = {c.name: v[0] for c, v in choice.items() if v != c.old}
+        built = meta_model(cls, config, {**more, **changed})
+        if built is None:
+            refusals.append(changed)
+            return "refused by the class"
+        return None if shapes_of(built) == wanted else "other shapes"
+
+    extras = [*_explicit_head_dim(config), *({n: v} for n in empty for v in spare)]
+    for more in extras[:LIMIT]:
+        try:
+            accepted = search(found, lambda c, more=more: judge(c, more), LIMIT)  # type: ignore[misc]
+        except ExportError:
+            continue
+        choice = _fewest(accepted.choice, accepted.equivalents)
+        uniform = {**more, **{c.name: v[0] for c, v in choice.items() if v != c.old}}
+        if _same_numbers(model, small, uniform, example):
+            return uniform, ""
+        return None, "the stock class with these sizes computes something else"
+    if refusals:
+        said = ", ".join(f"{name}={value}" for name, value in refusals[0].items())
+        return None, f"the stock class refuses {said}"
+    return None, "no fields of the stock config give these shapes"
+
+
+def _global(name: str, old: int, news: tuple[int, ...]) -> Candidate:
+    options: tuple[Values, ...] = (*((new,) for new in news), (old,))
+    return Candidate("model", name, ("",), (old,), options, (frozenset(),) * len(options), None)
+
+
+def _same_numbers(
+    model: Any, small: nn.Module, fields: dict[str, Any], example: Mapping[str, Tensor]
+) -> bool:
+    """Whether the stock class, built from those fields around the same tensors, equals `small`."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    built = meta_model(stock_class(model), model.config, fields)
+    assert built is not None
+    with init_empty_weights(include_buffers=False):
+        built = stock_class(model)(built.config)
+    stock = assemble(built, tensors_of(small)).eval()
+    for check in checks(small, example, ((2, 9),)):
+        try:
+            pairs = zip(outputs(small, check), outputs(stock, check), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                return False
+        except FORWARD_ERRORS:
+            return False
+    return True
+
+
+def _with_cache_geometry(
+    small: Any,
+    path: str,
+    layers: dict[int, dict[str, int]],
+    base: dict[str, int],
+    example: Mapping[str, Tensor],
+) -> dict[int, dict[str, int]]:
+    """The fields that transformers sizes a static cache by, where they are not true yet.
+
+    It reads KV heads and head size of every layer from the config; what they are is seen in the
+    dynamic cache that the module itself fills.
+    """
+    config = small.config
+    if getattr(config, "is_encoder_decoder", False) or "input_ids" not in example:
+        return layers
+    shapes = _cached_shapes(small, example)
+    if len(shapes) != len(small.get_submodule(path)):
+        return layers
+    grouped = getattr(config, "num_key_value_heads", None) is not None
+    name = "num_key_value_heads" if grouped else "num_attention_heads"
+    head_dim = getattr(config, "head_dim", None)
+    found = {index: dict(row) for index, row in layers.items()}
+    for index, (heads, size) in enumerate(shapes):
+        row = found.get(index, {})
+        said = row.get(name, getattr(config, name, None))
+        if said != heads:
+            found.setdefault(index, {})[name] = heads
+            if not head_dim:
+                base["head_dim"] = size
+    return found
+
+
+@torch.no_grad()
+def _cached_shapes(small: Any, example: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """(KV heads, head size) of every layer's cache; empty where there is no such cache."""
+    if not (hasattr(small, "can_generate") and small.can_generate()):
+        return []
+    try:
+        past = small(**resized(small, example, 1, 2), use_cache=True).past_key_values
+        return [(layer.keys.shape[1], layer.keys.shape[-1]) for layer in past.layers]
+    except FORWARD_ERRORS:
+        return []

@@ -1,0 +1,114 @@
+"""The acceptance gate: a process without prunec opens the directory and gets the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunec.codegen import acceptance
+from prunec.codegen.battery import Check, checks, outputs, tolerance
+from prunec.errors import VerifyError
+
+SHAPES = ((1, 1), (2, 9))
+
+
+def accept(model: Any, directory: Path, auto: str, example: Mapping[str, Tensor]) -> list[str]:
+    """Open `directory` in a fresh process where prunec cannot be imported, and compare.
+
+    Zero missing and unexpected keys; logits equal to the bit at the same thread count; generation
+    with the cache equal to generation without.
+
+    Args:
+        model: the module in memory.
+        auto: name of the transformers Auto class that users will open it with.
+        example: inputs by keyword.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        VerifyError: naming every difference.
+    """
+    acceptance.align(model)  # as the other side does: values stay, addresses change
+    plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
+    battery = [c for c in plain if not c.decode]
+    custom = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="prunec-gate-") as folder:
+        job = {
+            "directory": str(directory),
+            "auto": auto,
+            "custom": custom,
+            "attention": _attention(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "tolerance": tolerance(model),
+            "cases": [check.name for check in battery],
+            "generates": any(c.decode for c in plain),
+            "pad_token_id": _pad_token(model),
+        }
+        _write(Path(folder), job, _tensors(model, battery))
+        problems = _run(Path(folder))
+    if problems:
+        raise VerifyError(
+            "the written directory is not the model in memory",
+            where="; ".join(problems),
+            so="nothing was delivered",
+        )
+    generation = ["generate, cached"] if job["generates"] else []
+    return [f"{check.name} (fresh process)" for check in battery] + generation
+
+
+def _attention(model: Any) -> str | None:
+    name = model.config._attn_implementation
+    return name if name in (None, "eager", "sdpa") else "eager"
+
+
+def _pad_token(model: Any) -> int:
+    settings = getattr(model, "generation_config", None)
+    for name in ("pad_token_id", "eos_token_id"):
+        token = getattr(settings, name, None)
+        if token is not None:
+            return int(token[0] if isinstance(token, list) else token)
+    return 0
+
+
+def _tensors(model: Any, battery: list[Check]) -> dict[str, Tensor]:
+    found = {}
+    for check in battery:
+        whole = Check(check.name, check.inputs, check.attention)
+        found[f"{check.name}.out"] = outputs(model, whole)[0].cpu().clone()
+        found |= {f"{check.name}.in.{n}": t.clone() for n, t in check.inputs.items()}
+    return found
+
+
+def _write(folder: Path, job: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    save_file(tensors, folder / "tensors.safetensors")
+
+
+def _run(folder: Path) -> list[str]:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),  # nothing of ours stays in the user's cache
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, "-P", str(Path(acceptance.__file__)), str(folder)]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    findings = folder / "findings.json"
+    if done.returncode or not findings.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [f"it does not open: {last}"]
+    return [str(problem) for problem in json.loads(findings.read_text(encoding="utf-8"))]

@@ -1,0 +1,108 @@
+"""A pruned model: the stock transformers class, with the sizes that `config.prunec` lists.
+
+Written by prunec beside the weights, so that `from_pretrained` needs nothing but transformers and
+torch. The layers differ in size, which the stock config cannot say; `config.prunec` says it:
+
+    shapes  parameter name -> its shape, where the stock class would build another one
+    added   parameter name -> shape of one that the stock class lacks, such as a fitted bias
+    attrs   module path -> {attribute: value}; under "config": config fields as that module reads
+            them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LayerConfig:
+    """The model's own config with a few fields replaced, as one layer reads it.
+
+    A live view and no copy: a later `model.set_attn_implementation(...)` is seen through it.
+    """
+
+    def __init__(self, config: Any, fields: dict[str, Any]) -> None:
+        names = getattr(config, "attribute_map", {})
+        self.__dict__["_config"] = config
+        self.__dict__["_fields"] = {names.get(name, name): value for name, value in fields.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_fields"):
+            raise AttributeError(name)
+        field = getattr(self._config, "attribute_map", {}).get(name, name)
+        return self._fields[field] if field in self._fields else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerConfig, (self._config, self._fields)
+
+
+def set_attributes(module: Any, values: dict[str, Any]) -> None:
+    """Give a module the numbers that its forward reads."""
+    for name, value in values.items():
+        if name == "config":
+            module.config = LayerConfig(module.config, value)
+        else:
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+
+
+def resize(model: Any, table: dict[str, Any], prefix: str = "") -> None:
+    """Give a freshly built stock model the sizes of `table`. Names there start with `prefix`."""
+
+    def listed(kind: str) -> Iterator[tuple[str, Any]]:
+        for name, value in table.get(kind, {}).items():
+            if name.startswith(prefix):
+                yield name[len(prefix) :], value
+
+    fresh = {}
+    for name, shape in [*listed("shapes"), *listed("added")]:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        like = getattr(module, leaf, None)
+        if like is None:  # an added parameter takes after the module's others
+            like = next(module.parameters(recurse=False))
+        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if leaf in module._buffers:
+            module.register_buffer(leaf, tensor)
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))
+        fresh[path] = module
+    for path, values in listed("attrs"):
+        set_attributes(model.get_submodule(path), values)
+    for module in fresh.values():  # `from_config` keeps these numbers, `from_pretrained` does not
+        if all(not p.is_meta for p in module.parameters(recurse=False)):
+            model._init_weights(module)
+
+
+class Pruned(nn.Module):
+    """Comes before the stock class among the bases."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        table = getattr(config, "prunec", None)
+        if table:
+            self._resize(table)
+
+    def _resize(self: Any, table: dict[str, Any]) -> None:
+        prefix = self.base_model_prefix
+        named = any(name.startswith(prefix + ".") for name in table["shapes"])
+        resize(self, table, f"{prefix}." if named and not hasattr(self, prefix) else "")
+        self.tie_weights()
+
+    @classmethod
+    def _stock(cls) -> Any:
+        return next(c for c in cls.__mro__ if c.__module__.startswith("transformers."))
+
+    # transformers decides these two from the source text of the class's file, which is not this one
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls._stock()._can_set_attn_implementation())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls._stock()._can_set_experts_implementation())
