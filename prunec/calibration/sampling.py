@@ -17,9 +17,9 @@ from prunec.models.cache import cached
 from prunec.models.digest import state_digest
 from prunec.models.generation import generates, plain_generation
 
-# Pieces of 256 tokens, 128 at once: on 2 cores a step costs little more for many sequences than
-# for few (its weights are read once), and short pieces keep the KV cache small.
-_PIECE, _AT_ONCE = 256, 128
+# Pieces of 256 tokens, 64 at once. A step reads every weight once, so many sequences cost little
+# more than few, up to about 64 on a few cores; what a step copies grows with the length so far.
+_PIECE, _AT_ONCE = 256, 64
 # Part of the cache's key: raise it when the same settings would give other tokens.
 _VERSION = 1
 
