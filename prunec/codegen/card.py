@@ -11,15 +11,14 @@ from prunec.codegen.attributes import CONFIG
 from prunec.codegen.shrink import Shrunk
 
 
-def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str, *, custom: bool) -> str:
+def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str) -> str:
     """README.md of the directory, with the front matter that the Hub reads."""
-    provenance = dict(metadata.get("provenance") or {})
-    name = provenance.get("base_model") or type(shrunk.model).__name__
+    base, custom = metadata.get("base_model"), shrunk.config.uniform is None
     parts = [
-        _front_matter(provenance),
-        f"# {name}, pruned\n",
-        _summary(shrunk, provenance),
-        _loading(auto, custom),
+        _front_matter(base),
+        f"# {base or type(shrunk.model).__name__}, pruned\n",
+        _summary(shrunk, metadata.get("report") or {}),
+        _loading(auto, shrunk.config.reason if custom else None),
         _sizes(shrunk),
         _metrics(metadata.get("metrics") or {}),
         _recipe(metadata.get("recipe")),
@@ -28,44 +27,45 @@ def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str, *, custom
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(provenance: Mapping[str, Any]) -> str:
+def _front_matter(base: Any) -> str:
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["prunec", "pruned"]}
-    base = provenance.get("base_model")
-    if base and str(base).count("/") <= 1 and not str(base).startswith((".", "/")):
-        front |= {"base_model": base, "base_model_relation": "quantized"}
-        front["base_model_relation"] = "finetune"
-    if license_name := provenance.get("license"):
-        front["license"] = license_name
+    if base and str(base).count("/") == 1 and not str(base).startswith((".", "/")):  # a Hub id
+        front["base_model"] = str(base)
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
 
-def _summary(shrunk: Shrunk, provenance: Mapping[str, Any]) -> str:
-    count = sum(p.numel() for p in shrunk.model.parameters())
-    before = provenance.get("parameters")
-    share = f", {1 - count / before:.1%} fewer than {before:,}" if before else ""
-    return (
-        f"{count:,} parameters{share}. Made with prunec: structured pruning, no sparse formats.\n"
-    )
+def _summary(shrunk: Shrunk, report: Mapping[str, Any]) -> str:
+    lines = ["Structured pruning by prunec: smaller dense matrices, no sparse format.\n"]
+    count = sum(parameter.numel() for parameter in shrunk.model.parameters())
+    table = {"parameters": report.get("parameters") or (None, count)}
+    for name in ("block_parameters", "flops"):
+        if report.get(name):
+            table[name] = report[name]
+    lines += ["| | before | after |", "|---|---|---|"]
+    for name, (before, after) in table.items():
+        was = f"{before:,}" if before else ""
+        share = f" (-{1 - after / before:.1%})" if before else ""
+        lines.append(f"| {name.replace('_', ' ')} | {was} | {after:,}{share} |")
+    return "\n".join(lines) + "\n"
 
 
-def _loading(auto: str, custom: bool) -> str:
-    argument = ", trust_remote_code=True" if custom else ""
+def _loading(auto: str, reason: str | None) -> str:
+    argument = "" if reason is None else ", trust_remote_code=True"
     lines = [
         "## Loading\n",
         "```python",
-        f"from transformers import {auto}",
+        f"from transformers import {auto}\n",
         f'model = {auto}.from_pretrained("PATH"{argument})',
         "```\n",
     ]
-    if custom:
-        lines.append(
-            "The layers differ in size, which the stock config cannot say: `modeling_prunec.py` "
-            "gives the stock class the sizes listed in `config.json`. It needs transformers and "
-            "torch only. With prunec installed, `prunec.load(PATH)` needs no `trust_remote_code`.\n"
-        )
-    else:
-        lines.append("All layers are alike: the stock class opens it, no code is shipped.\n")
-    return "\n".join(lines)
+    if reason is None:
+        return "\n".join([*lines, "The stock class opens it: no code is shipped.\n"])
+    text = (
+        f"The stock class alone cannot be this model: {reason}. `modeling_prunec.py` gives it the "
+        "sizes that `config.json` lists; it needs transformers and torch only. Where prunec is "
+        'installed, `prunec.load("PATH")` opens it without `trust_remote_code`.\n'
+    )
+    return "\n".join([*lines, text])
 
 
 def _sizes(shrunk: Shrunk) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def _layer_fields(
     layers = _Layers(model, small, path)
     for base in _explicit_head_dim(model.config):
         try:
-            accepted = search(found, lambda c, b=base: layers.differ(c, b), LIMIT)
+            accepted = search(found, partial(layers.differ, base=base), LIMIT)
         except ExportError:
             continue
         return _by_layer(_fewest(accepted.choice, accepted.equivalents)), base
@@ -181,46 +182,59 @@ def _fewest(choice: Choice, equivalents: Mapping[Candidate, tuple[Values, ...]])
 def _by_layer(choice: Choice) -> dict[int, dict[str, int]]:
     """Only fields that vary from layer to layer or from the model's own."""
     varying = {c: v for c, v in choice.items() if v != c.old}
-    rows = zip(*varying.values(), strict=True)
-    return {at: dict(zip((c.name for c in varying), r, strict=True)) for at, r in enumerate(rows)}  # type: ignore[misc]
+    count = len(next(iter(varying)).old) if varying else 0
+    return {at: {c.name: cast(int, v[at]) for c, v in varying.items()} for at in range(count)}
 
 
 def _uniform_fields(
     model: Any, small: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any] | None, str]:
-    config, cls = model.config, stock_class(model)
-    fields = numbers_of(config)
-    news: dict[int, tuple[int, ...]] = {}
+    """Fields from which the stock class builds `small`, or None and why there are none."""
+    config = model.config
+    fields = _matching_fields(model, small, sliced)
+    if fields is None:
+        return None, "no fields of its config give these sizes"
+    if meta_model(stock_class(model), config, fields) is None:
+        said = ", ".join(f"{name}={value}" for name, value in fields.items())
+        return None, f"its config refuses {said}"
+    if not _same_numbers(model, small, fields, example):
+        return None, "with these sizes it computes something else"
+    return fields, ""
+
+
+def _matching_fields(model: Any, small: nn.Module, sliced: Sliced) -> dict[str, Any] | None:
+    config, cls, wanted = model.config, stock_class(model), shapes_of(small)
+    numbers, news = numbers_of(config), dict[int, tuple[int, ...]]()
     for extent in sliced.extents:
         news[extent.old] = tuple(dict.fromkeys((*news.get(extent.old, ()), extent.new)))
-    found = [_global(name, old, news[old]) for name, old in fields.items() if old in news]
-    spare = sorted({n for old, new in news.items() if old not in fields.values() for n in new})
-    empty = [n for n, v in vars(config).items() if v is None and not n.startswith("_")]
-    wanted, refusals = shapes_of(small), []
+    found = [_global(name, old, news[old]) for name, old in numbers.items() if old in news]
+    trials = 0
 
     def judge(choice: Choice, more: dict[str, Any]) -> str | None:
-        changed = {c.name: v[0] for c, v in choice.items() if v != c.old}
-        built = meta_model(cls, config, {**more, **changed})
-        if built is None:
-            refusals.append(changed)
-            return "refused by the class"
-        return None if shapes_of(built) == wanted else "other shapes"
+        nonlocal trials
+        trials += 1
+        built = meta_model(cls, config, {**more, **_changes(choice, 0)}, validate=False)
+        return None if built is not None and shapes_of(built) == wanted else "other shapes"
 
-    extras = [*_explicit_head_dim(config), *({n: v} for n in empty for v in spare)]
-    for more in extras[:LIMIT]:
+    for more in _additions(
+        config, {n for old in news.keys() - numbers.values() for n in news[old]}
+    ):
+        if trials >= LIMIT:
+            break
         try:
-            accepted = search(found, lambda c, more=more: judge(c, more), LIMIT)  # type: ignore[misc]
+            accepted = search(found, partial(judge, more=more), LIMIT - trials)
         except ExportError:
             continue
-        choice = _fewest(accepted.choice, accepted.equivalents)
-        uniform = {**more, **{c.name: v[0] for c, v in choice.items() if v != c.old}}
-        if _same_numbers(model, small, uniform, example):
-            return uniform, ""
-        return None, "the stock class with these sizes computes something else"
-    if refusals:
-        said = ", ".join(f"{name}={value}" for name, value in refusals[0].items())
-        return None, f"the stock class refuses {said}"
-    return None, "no fields of the stock config give these shapes"
+        return {**more, **_changes(_fewest(accepted.choice, accepted.equivalents), 0)}
+    return None
+
+
+def _additions(config: Any, spare: set[int]) -> Iterator[dict[str, Any]]:
+    """Fields to state beside the changed ones: none, head_dim, an empty one for a spare size."""
+    yield from _explicit_head_dim(config)
+    for name, value in vars(config).items():
+        if value is None and not name.startswith("_"):
+            yield from ({name: size} for size in sorted(spare))
 
 
 def _global(name: str, old: int, news: tuple[int, ...]) -> Candidate:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -13,23 +11,19 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 
 import prunec
-from prunec.codegen import modeling_prunec
 from prunec.codegen.card import model_card
 from prunec.codegen.directory import staged
-from prunec.codegen.fields import shapes_of
 from prunec.codegen.gate import accept
-from prunec.codegen.perturb import meta_model
+from prunec.codegen.generated import FORMAT, adopt, auto_classes
 from prunec.codegen.shrink import Shrunk
-from prunec.codegen.twin import stock_class, tensors_of
+from prunec.codegen.twin import stock_class
 from prunec.errors import ExportError, VerifyError
 from prunec.events import Progress, silent
+from prunec.models.quiet import quiet
 
 log = logging.getLogger(__name__)
-FORMAT = 1
-MODULE = "modeling_prunec"
 
 
 def save(
@@ -49,200 +43,81 @@ def save(
 
     Args:
         tokenizer: saved beside the model, if given.
-        metadata: "recipe" (YAML text or a mapping), "plan", "provenance", "metrics"; each may lack.
+        metadata: goes into prunec.json; "plan" and "recipe" get files of their own, "base_model",
+            "report" and "metrics" are read by the model card. Each may lack.
         overwrite: replace an existing model directory, once the new one is proven.
+        max_shard_size: as `save_pretrained` takes it.
 
     Raises:
         ExportError: this model or this place cannot take it.
         VerifyError: the directory is not the model; nothing is delivered.
     """
-    target, metadata = Path(directory), dict(metadata or {})
-    auto = _auto_classes(shrunk.model)
-    forms = ["stock"] if shrunk.config.uniform is not None else []
-    with staged(target, overwrite=overwrite) as folder:
-        for form in [*forms, "generated"]:
-            with progress.task("write the directory"):
-                _write(shrunk, folder, form, auto, tokenizer, max_shard_size)
-            try:
-                with progress.task("open it in a fresh process without prunec"):
-                    found = accept(shrunk.model, folder, auto[0], shrunk.example)
-                break
-            except VerifyError as error:
-                if form == "generated":
-                    raise
-                log.warning("the stock class does not reproduce the model: %s", error.where)
-        _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata, auto)
+    auto = _check_model(shrunk.model)
+    with staged(Path(directory), overwrite=overwrite) as folder:
+        with progress.task("write the directory"), quiet():
+            _write(shrunk.model, folder, max_shard_size)
+        try:
+            with progress.task("open it in a fresh process without prunec"), quiet():
+                found = accept(shrunk.model, folder, auto, shrunk.example)
+        except VerifyError as error:
+            if shrunk.config.uniform is None:
+                raise
+            shrunk = _without_stock(shrunk, f"its own class gives other numbers: {error.where}")
+            with quiet():
+                _write(shrunk.model, folder, max_shard_size)
+                found = accept(shrunk.model, folder, auto, shrunk.example)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
 
 
-def _auto_classes(model: Any) -> list[str]:
-    """The transformers Auto classes that know the model's class; the one for its task first.
-
-    Raises:
-        ExportError: the model is none of transformers' own.
-    """
-    from transformers.models.auto import modeling_auto
-
-    cls, found = stock_class(model), []
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if inspect.isclass(auto) and mapping is not None:
-            known = mapping.get(type(model.config), ()) if hasattr(model, "config") else ()
-            if cls in (known if isinstance(known, tuple) else (known,)):
-                found.append(name)
+def _check_model(model: Any) -> str:
+    """Name of the Auto class for the model's task."""
+    found, cls = auto_classes(model), stock_class(model)
     if not found:
         raise ExportError(
             f"{cls.__name__} is not a transformers class that an Auto class opens",
             where=f"{cls.__module__}.{cls.__qualname__}",
             fix="export to another format, or use the result in memory",
         )
-    return sorted(found, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
-
-
-def _write(
-    shrunk: Shrunk, folder: Path, form: str, auto: list[str], tokenizer: Any, max_shard_size: str
-) -> None:
-    model: Any = shrunk.model
     if any(tensor.is_meta for tensor in model.parameters()):
-        raise ExportError("the model has no weights", fix="give weights, or only save the plan")
+        raise ExportError("the model has no weights", fix="give weights, or save the plan only")
+    return found[0]
+
+
+def _without_stock(shrunk: Shrunk, reason: str) -> Shrunk:
+    log.warning("not a stock directory: %s", reason)
+    shrunk = replace(shrunk, config=replace(shrunk.config, uniform=None, reason=reason))
+    adopt(shrunk.model, shrunk.attributes, shrunk.config)
+    return shrunk
+
+
+def _write(model: Any, folder: Path, max_shard_size: str) -> None:
     for old in folder.iterdir():
         old.unlink()
-    # transformers renames no checkpoint keys for a class that is not its own: names as in memory
-    model.save_pretrained(
-        folder, max_shard_size=max_shard_size, save_original_format=form == "stock"
-    )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = _portable(config)
-    if form == "stock":
-        config |= shrunk.config.uniform or {}
-        config["architectures"] = [stock_class(model).__name__]
-    else:
-        config |= _generated_config(shrunk, config, auto)
-        (folder / f"{MODULE}.py").write_text(_source(model), encoding="utf-8")
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    path = folder / "config.json"
+    config = _portable(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """The config as transformers 4 reads it too, without a trace of where the model came from."""
-    for key in ("_name_or_path", "prunec", "auto_map", "per_layer_config", "_attn_implementation"):
-        config.pop(key, None)
-    config = {k: v for k, v in config.items() if not (v is None and k == "layer_types")}
+    """The config as transformers 4 reads it too, without a trace of where the model lay."""
+    config = {k: v for k, v in config.items() if k != "_name_or_path"}
+    if config.get("layer_types", ()) is None:
+        del config["layer_types"]
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        # 4.x ignores rope_parameters and would silently take 10000
+        # 4.x ignores rope_parameters and would silently take its default
         config.setdefault("rope_theta", rope["rope_theta"])
         if rope.get("rope_type", "default") != "default":
-            scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-            config.setdefault("rope_scaling", scaling)
+            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+        if "partial_rotary_factor" in rope:
+            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     return config
 
 
-def _generated_config(shrunk: Shrunk, config: dict[str, Any], auto: list[str]) -> dict[str, Any]:
-    model: Any = shrunk.model
-    head, bare = _class_names(model)
-    classes = dict.fromkeys(auto, f"{MODULE}.{head}")
-    if bare is not None:
-        classes |= {"AutoModel": f"{MODULE}.{bare}"}
-    extra: dict[str, Any] = {
-        "architectures": [head],
-        "auto_map": classes,
-        "prunec": table(shrunk),
-        **shrunk.config.base,
-    }
-    layers = _varying(shrunk.config.layers, config)
-    if layers:
-        # transformers' own key; read by its static cache, by vLLM, by exporters
-        extra["per_layer_config"] = {str(index): fields for index, fields in layers.items()}
-        extra["allow_global_per_layer_attribute_access"] = True
-        if not _loads(type(model.config), {**config, **extra}):
-            del extra["per_layer_config"], extra["allow_global_per_layer_attribute_access"]
-    return extra
-
-
-def _varying(layers: Mapping[int, Mapping[str, int]], config: Mapping[str, Any]) -> dict[int, Any]:
-    rows = {
-        index: {name: value for name, value in fields.items() if config.get(name) != value}
-        for index, fields in layers.items()
-    }
-    return {index: row for index, row in rows.items() if row}
-
-
-def _loads(cls: Any, config: dict[str, Any]) -> bool:
-    try:
-        cls.from_dict(copy.deepcopy(config))
-    except (ValueError, TypeError, StrictDataclassError):
-        return False
-    return True
-
-
-def table(shrunk: Shrunk) -> dict[str, Any]:
-    """What the generated class does to the stock one: shapes, added parameters, numbers."""
-    model: Any = shrunk.model
-    stock = meta_model(stock_class(model), model.config, {}, validate=False)
-    if stock is None:
-        raise ExportError(f"{stock_class(model).__name__} cannot be built from its own config")
-    before = {n: list(t.shape) for n, t in tensors_of(stock).items()}
-    now = {n: list(t.shape) for n, t in tensors_of(model).items()}
-    saved = model.state_dict().keys() | set(shapes_of(model))
-    return {
-        "format": FORMAT,
-        "transformers": _oldest_transformers(model),
-        "shapes": {n: s for n, s in now.items() if n in before and s != before[n] and n in saved},
-        "added": {n: s for n, s in now.items() if n not in before and n in saved},
-        "attrs": shrunk.attributes,
-        "skip": {},
-    }
-
-
-def _oldest_transformers(model: Any) -> int:
-    """The oldest major release whose class has these parameter names and reads this config."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    nested = any(isinstance(value, dict) for value in rope.values())
-    renamed = get_model_conversion_mapping(_as_stock(model), add_legacy=False)
-    return 5 if nested or renamed else 4
-
-
-def _as_stock(model: Any) -> Any:
-    built = meta_model(stock_class(model), model.config, {}, validate=False)
-    assert built is not None
-    return built
-
-
-def _class_names(model: Any) -> tuple[str, str | None]:
-    """Names of the generated classes: for the model, and for the bare model inside it."""
-    head, bare = stock_class(model), _bare_class(model)
-    return f"Prunec{head.__name__}", None if bare in (None, head) else f"Prunec{bare.__name__}"
-
-
-def _bare_class(model: Any) -> Any:
-    from transformers import AutoModel
-
-    known = AutoModel._model_mapping.get(type(model.config), None)
-    return known[0] if isinstance(known, tuple) else known
-
-
-def _source(model: Any) -> str:
-    """modeling_prunec.py: the text of our own module, then the classes of this model."""
-    head, bare = stock_class(model), _bare_class(model)
-    names = sorted({cls.__name__ for cls in (head, bare) if cls is not None})
-    text = inspect.getsource(modeling_prunec)
-    imports = "from torch import nn\n"
-    assert imports in text
-    text = text.replace(imports, f"{imports}from transformers import {', '.join(names)}\n", 1)
-    classes = (
-        f'class Prunec{name}(Pruned, {name}):\n    """{name}, with the sizes of config.prunec."""\n'
-        for name in names
-    )
-    return text + "".join(f"\n\n{cls}" for cls in classes)
-
-
-def _write_metadata(
-    shrunk: Shrunk, folder: Path, metadata: Mapping[str, Any], auto: list[str]
-) -> None:
+def _write_metadata(shrunk: Shrunk, folder: Path, metadata: Mapping[str, Any]) -> None:
     import transformers
 
     recipe, plan = metadata.get("recipe"), metadata.get("plan")
@@ -256,15 +131,14 @@ def _write_metadata(
         "prunec": prunec.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": recipe,
-        "provenance": metadata.get("provenance", {}),
-        "metrics": metadata.get("metrics", {}),
+        **{name: value for name, value in metadata.items() if name != "plan"},
+        "code": shrunk.config.reason or None,
         "checks": list(shrunk.checks),
         "trials": shrunk.trials,
     }
     _dump(folder / "prunec.json", record)
-    card = model_card(shrunk, metadata, auto[0], custom=(folder / f"{MODULE}.py").exists())
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    auto = auto_classes(shrunk.model)[0]
+    (folder / "README.md").write_text(model_card(shrunk, metadata, auto), encoding="utf-8")
 
 
 def _dump(path: Path, data: Any) -> None:

@@ -3,70 +3,72 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunec.codegen.modeling_prunec import Pruned
+from prunec.codegen.generated import FORMAT, pruned_class
 from prunec.errors import ModelError
+
+_HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 def load(directory: str | Path, **kwargs: Any) -> Any:
-    """Open a directory that prunec wrote. The code in it is not run.
+    """Open a directory that prunec wrote, in eval mode. The code in it is not run.
 
     Args:
+        directory: as `Result.save` wrote it.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: not a directory of prunec's, or written by a newer one.
+        ModelError: not a model directory, or written by a newer prunec.
     """
-    folder = Path(directory)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no readable config.json: {error}", where=str(folder)) from error
-    names = config.get("architectures") or [""]
-    cls = _stock(names[0].removeprefix("Prunec"), folder)
-    if is_pruned(config):
-        cls = pruned_class(cls)
-    return cls.from_pretrained(str(folder), **kwargs).eval()
-
-
-def is_pruned(config: dict[str, Any]) -> bool:
-    """Whether a config.json is that of a directory whose class prunec generated."""
-    found = config.get("prunec")
-    if isinstance(found, dict) and found.get("format") != 1:
-        raise ModelError(
-            f"the directory has format {found.get('format')}, this prunec reads 1",
-            fix="install a newer prunec, or open it with trust_remote_code=True",
-        )
-    return isinstance(found, dict)
-
-
-def _stock(name: str, folder: Path) -> Any:
     import transformers
 
-    cls = getattr(transformers, name, None)
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no readable config.json: {error}", where=str(directory)) from error
+    name = (config.get("architectures") or [""])[0].removeprefix("Prunec")
+    cls: Any = getattr(transformers, name, None)
     if cls is None:
-        raise ModelError(f"transformers has no class {name!r}", where=str(folder / "config.json"))
-    return cls
+        raise ModelError(f"transformers has no class {name!r}", where=str(path))
+    made = pruned_class(cls) if is_pruned(config) else cls
+    return made.from_pretrained(str(directory), **kwargs).eval()
 
 
-@functools.cache
-def pruned_class(stock: Any) -> Any:
-    """What modeling_prunec.py defines in a directory: the stock class with the table's sizes."""
-    return type(f"Prunec{stock.__name__}", (Pruned, stock), {"__module__": __name__})
+def is_pruned(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a directory whose class prunec generated.
+
+    Raises:
+        ModelError: by a prunec newer than this one.
+    """
+    table = config.get("prunec")
+    if isinstance(table, dict) and table.get("format") != FORMAT:
+        raise ModelError(
+            f"the directory has format {table.get('format')}, this prunec reads {FORMAT}",
+            fix="install a newer prunec, or open it with trust_remote_code=True",
+        )
+    return isinstance(table, dict)
 
 
 def register() -> None:
     """Let the Auto classes open prunec's directories without trust_remote_code.
 
-    Dense models stay stock: only a config with a `prunec` table is treated differently. Calling it
+    Only a config with a `prunec` table is treated differently: dense models stay stock. Calling it
     twice is calling it once.
     """
-    import inspect
-
     from transformers.models.auto import modeling_auto
 
     for cls in vars(modeling_auto).values():
@@ -79,39 +81,35 @@ def register() -> None:
 
 def _aware(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def open_pruned(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config", source)
-        if not hasattr(config, "to_dict"):
-            config = _config_of(source, kwargs)
-        if kwargs.get("trust_remote_code") or not is_pruned(getattr(config, "__dict__", {})):
-            return method(cls, source, *args, **kwargs)
+    def open_either(cls: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        config = None if kwargs.get("trust_remote_code") else _pruned_config(given, kwargs)
+        if config is None:
+            return method(cls, given, *args, **kwargs)
         kwargs.pop("trust_remote_code", None)
-        made = pruned_class(_task_class(cls, config))
+        made = pruned_class(_class_for(cls, config))
         if method.__name__ == "from_config":
             return made._from_config(config, **kwargs)
-        return made.from_pretrained(source, *args, **kwargs)
+        return made.from_pretrained(given, *args, **{**kwargs, "config": config})
 
-    open_pruned._prunec = True  # type: ignore[attr-defined]
-    return open_pruned
-
-
-def _config_of(source: Any, kwargs: dict[str, Any]) -> Any:
-    from transformers import PretrainedConfig
-
-    hub = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-    found, _ = PretrainedConfig.get_config_dict(
-        source, **{name: kwargs[name] for name in (*hub, "subfolder") if name in kwargs}
-    )
-    if not is_pruned(found):
-        return None
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source)
+    vars(open_either)["_prunec"] = True
+    return open_either
 
 
-def _task_class(auto: Any, config: Any) -> Any:
+def _pruned_config(given: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The config of a model that is ours; None for any other."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = kwargs.get("config", given)
+    if isinstance(config, PretrainedConfig):
+        return config if is_pruned(vars(config)) else None
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    values, _ = PretrainedConfig.get_config_dict(given, **hub)
+    return AutoConfig.from_pretrained(given, **hub) if is_pruned(values) else None
+
+
+def _class_for(auto: Any, config: Any) -> Any:
     """The stock class of an Auto class for this config: by the architecture, else the first."""
     known = auto._model_mapping[type(config)]
     known = known if isinstance(known, tuple) else (known,)
-    wanted = {name.removeprefix("Prunec") for name in config.architectures or []}
+    wanted = {name.removeprefix("Prunec") for name in config.architectures or ()}
     return next((cls for cls in known if cls.__name__ in wanted), known[0])

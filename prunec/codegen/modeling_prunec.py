@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 
@@ -85,8 +86,12 @@ class Pruned(nn.Module):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         table = getattr(config, "prunec", None)
-        if table:
-            self._resize(table)
+        if not table:
+            return
+        oldest = table["transformers"]
+        if int(transformers.__version__.partition(".")[0]) < oldest:
+            raise ImportError(f"this model needs transformers {oldest} or newer")
+        self._resize(table)
 
     def _resize(self: Any, table: dict[str, Any]) -> None:
         prefix = self.base_model_prefix

@@ -1,0 +1,266 @@
+"""Finding the numbers that a module with other tensors needs, by running it beside a reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunec.codegen.attributes import CONFIG, Candidate, Values, candidates
+from prunec.codegen.battery import (
+    FORWARD_ERRORS,
+    Check,
+    attention_choices,
+    checks,
+    difference,
+    expected,
+    outputs,
+    resized,
+    tolerance,
+)
+from prunec.codegen.modeling_prunec import set_attributes
+from prunec.codegen.observe import Reads, attribute_reads
+from prunec.codegen.perturb import free_knobs, grown_together
+from prunec.codegen.reduce import WHOLE, Layers, reduced, representative_layers
+from prunec.codegen.search import Choice, search
+from prunec.codegen.twin import assemble, padded, redraw
+from prunec.errors import ExportError, VerifyError
+from prunec.graph.selection import Sliced
+
+log = logging.getLogger(__name__)
+
+Attributes = dict[str, dict[str, Any]]
+Reference = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+Outcomes = list[tuple[Check, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Module path -> attribute -> value, the settings tried, and the checks that they stood."""
+
+    attributes: Attributes
+    trials: int
+    checks: tuple[str, ...]
+
+
+def fit(
+    model: nn.Module,
+    sliced: Sliced,
+    example: Mapping[str, Tensor],
+    reference: Reference | None = None,
+) -> Fit:
+    """The numbers with which the module equals its reference, on weights redrawn at unit gain.
+
+    The reference is the zero-padded twin, run on the first layer and those that tell the options
+    apart; or the one given, at the example's shape only.
+
+    Raises:
+        ExportError: no setting passes, or several that differ.
+    """
+    found = candidates(model, sliced)
+    few = WHOLE if reference is not None else representative_layers(model, found)
+    for layers in (few, WHOLE) if few.kept else (WHOLE,):
+        short, part = reduced(model, sliced, layers)
+        drawn = redraw(short, part)
+        twin = assemble(short, padded(short, part, drawn.weights), drawn.added)
+        with attribute_reads(twin) as reads:
+            wanted = usable(twin, checks(twin, example))
+        if wanted:
+            break
+    else:
+        raise ExportError(
+            "the model does not run on its example inputs", where=type(model).__name__
+        )
+    module = assemble(short, drawn.weights, drawn.added)
+    if reference is not None:
+        wanted = _referred(model, example, lambda inputs: reference(drawn.weights, inputs))
+    bench = Bench(module, layers, wanted)
+    read = [c for c in found if _is_read(c, layers, reads)]
+    choice, trials = _settle(model, read, bench)
+    if reference is not None:
+        with bench.set(choice):
+            wanted += consistent(module, twin, example)
+    choice |= _implied(model, [c for c in found if c not in choice])
+    return Fit(by_module(choice), trials, tuple(f"{c.name} (redrawn weights)" for c, _ in wanted))
+
+
+class Bench:
+    """A module under test beside the outputs that every check must give."""
+
+    def __init__(self, module: nn.Module, layers: Layers, wanted: Outcomes) -> None:
+        self._module, self._layers, self._wanted = module, layers, wanted
+
+    def set(self, choice: Choice) -> _Setting:
+        return _Setting(self._module, self._layers.only(by_module(choice)))
+
+    def judge(self, choice: Choice) -> str | None:
+        """None if the module passes with these numbers, else the first failure."""
+        with self.set(choice):
+            return first_failure(self._module, self._wanted)
+
+
+class _Setting:
+    """Numbers of a module, for the time of a context."""
+
+    def __init__(self, module: nn.Module, attributes: Attributes) -> None:
+        self._values = [(module.get_submodule(path), own) for path, own in attributes.items()]
+        self._before = [(m, name, getattr(m, name)) for m, own in self._values for name in own]
+
+    def __enter__(self) -> None:
+        for module, own in self._values:
+            set_attributes(module, own)
+
+    def __exit__(self, *_: object) -> None:
+        for module, name, value in self._before:
+            setattr(module, name, value)
+
+
+def usable(twin: nn.Module, battery: Sequence[Check]) -> Outcomes:
+    """The checks that apply to this model, with the outputs that they must give.
+
+    A class that cannot run at some length, or whose own cache does not reproduce its forward, says
+    nothing about pruning there.
+    """
+    found = []
+    for check in battery:
+        try:
+            outcome = expected(twin, check)
+            sound = not check.decode or difference(outputs(twin, check), outcome) <= tolerance(twin)
+        except FORWARD_ERRORS as error:
+            log.info("check %r does not apply: %s", check.name, error)
+            continue
+        if sound and all(t.isfinite().all() for t in outcome):
+            found.append((check, outcome))
+        else:
+            log.info("check %r does not apply: the stock class itself fails it", check.name)
+    return found
+
+
+def first_failure(module: nn.Module, wanted: Iterable[tuple[Check, list[Tensor]]]) -> str | None:
+    """Which check fails first, and how; None if all pass."""
+    limit = tolerance(module)
+    for check, outcome in wanted:
+        try:
+            gap = difference(outputs(module, check), outcome)
+        except FORWARD_ERRORS as error:
+            said = next(iter(str(error).splitlines()), "")
+            return f"{check.name}: {type(error).__name__}: {said[:160]}"
+        if gap > limit:
+            return f"{check.name}: off by {gap:.1e} of the largest output"
+    return None
+
+
+def _is_read(candidate: Candidate, layers: Layers, reads: Reads) -> bool:
+    paths = (layers.rename(path) for path in candidate.modules)
+    return any((path, candidate.name) in reads for path in paths if path is not None)
+
+
+def _settle(model: nn.Module, read: Sequence[Candidate], bench: Bench) -> tuple[Choice, int]:
+    """One accepted choice. Where several readings pass, the one that the class itself bears out.
+
+    With a single KV head, for example, any repeat count gives the same numbers by broadcasting.
+    """
+    accepted = search(read, bench.judge)
+    choice, without_effect = dict(accepted.choice), []
+    for candidate, others in accepted.equivalents.items():
+        passing = (choice[candidate], *others)
+        changed = [values for values in passing if values != candidate.old]
+        if len(changed) > 1:
+            borne_out = [v for v in changed if v in grown_together(model, candidate)]
+            if len(borne_out) != 1:
+                raise _ambiguous(candidate, changed, accepted.trials)
+            choice[candidate] = borne_out[0]
+        elif others:
+            choice[candidate] = candidate.old
+            without_effect.append(candidate)
+    choice |= _implied(model, without_effect)
+    if choice != accepted.choice and (reason := bench.judge(choice)) is not None:
+        raise VerifyError(f"numbers that pass one by one do not pass together: {reason}")
+    return choice, accepted.trials
+
+
+def _ambiguous(candidate: Candidate, changed: Sequence[Values], trials: int) -> ExportError:
+    return ExportError(
+        f"several settings of {candidate.name} pass every check ({trials} tried)",
+        where="; or ".join(candidate.describe(values) for values in changed),
+        so="the right one cannot be told",
+        fix="choose other sizes for these groups, so that the readings differ",
+    )
+
+
+def _implied(model: nn.Module, unread: Sequence[Candidate]) -> Choice:
+    """Numbers without effect that plainly describe a size: kept true for readers such as peft."""
+    plain = [c for c in unread if c.implied not in (None, c.old) and CONFIG not in c.name]
+    knobs = free_knobs(model, plain)
+    return {c: c.implied for c in plain if c.implied is not None and c not in knobs}
+
+
+def by_module(choice: Choice) -> Attributes:
+    """Only what changes: module path -> attribute -> value, config fields under "config"."""
+    found: Attributes = {}
+    for candidate, values in choice.items():
+        for path, old, new in zip(candidate.modules, candidate.old, values, strict=True):
+            if old == new:
+                continue
+            own = found.setdefault(path, {})
+            if candidate.name.startswith(CONFIG):
+                own.setdefault("config", {})[candidate.name.removeprefix(CONFIG)] = new
+            else:
+                own[candidate.name] = new
+    return found
+
+
+def _referred(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    reference: Callable[[Mapping[str, Tensor]], Tensor],
+) -> Outcomes:
+    """The reference at the shape that it holds for, under every attention implementation."""
+    first = next(iter(example.values()))
+    inputs = resized(model, example, first.shape[0], first.shape[1] if first.ndim > 1 else 1)
+    wanted = [reference(inputs)]
+    return [
+        (Check("as traced" + (f", {name} attention" if name else ""), inputs, name), wanted)
+        for name in attention_choices(model)
+    ]
+
+
+@torch.no_grad()
+def consistent(module: nn.Module, twin: nn.Module, example: Mapping[str, Tensor]) -> Outcomes:
+    """Checks of a module against itself, at other shapes and through its cache, all passed.
+
+    Rows of a batch do not depend on each other, and a causal model's positions not on later ones
+    (where the twin shows that it is one).
+
+    Raises:
+        ExportError: naming the first that fails.
+    """
+    wanted: Outcomes = []
+    for name in attention_choices(module):
+        inputs = resized(module, example, 3, 12)
+        whole = Check("3 x 12", inputs, name)
+        for rows, length in ((3, 12), (2, 7), (1, 1)):
+            part = {k: _corner(v, rows, length) for k, v in inputs.items()}
+            check = Check(f"{rows} x {length} as in 3 x 12, {name or ''} attention", part, name)
+            if first_failure(twin, [(check, _corners(outputs(twin, whole), rows, length))]) is None:
+                wanted.append((check, _corners(outputs(module, whole), rows, length)))
+    decoding = [check for check in checks(module, example) if check.decode]
+    sound = {check.name for check, _ in usable(twin, decoding)}
+    wanted += [(check, expected(module, check)) for check in decoding if check.name in sound]
+    reason = first_failure(module, wanted)
+    if reason is not None:
+        raise ExportError("the shrunk module contradicts itself", where=reason)
+    return wanted
+
+
+def _corner(tensor: Tensor, rows: int, length: int) -> Tensor:
+    cut = tensor[:rows]
+    return cut[:, :length] if tensor.ndim == 2 and not tensor.is_floating_point() else cut
+
+
+def _corners(found: Sequence[Tensor], rows: int, length: int) -> list[Tensor]:
+    return [t[:rows, :length] if t.ndim > 2 and t.shape[1] == 12 else t[:rows] for t in found]

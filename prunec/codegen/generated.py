@@ -1,0 +1,167 @@
+"""The class of a model whose layers differ: in memory, and as the file in its directory."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from prunec.codegen import modeling_prunec
+from prunec.codegen.fields import ConfigFields, shapes_of
+from prunec.codegen.modeling_prunec import Pruned
+from prunec.codegen.perturb import meta_model
+from prunec.codegen.twin import stock_class, tensors_of
+from prunec.errors import ExportError
+
+FORMAT = 1
+MODULE = "modeling_prunec"
+Attributes = Mapping[str, Mapping[str, Any]]
+
+
+@functools.cache
+def pruned_class(stock: type[Any]) -> Any:
+    """The stock class with the sizes of `config.prunec`, as modeling_prunec.py defines it."""
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        # a class that is not transformers' own is read back without renaming of its keys
+        kwargs.setdefault("save_original_format", False)
+        stock.save_pretrained(self, save_directory, *args, **kwargs)
+        path = Path(save_directory) / f"{MODULE}.py"
+        path.write_text(source(stock, type(self.config)), encoding="utf-8")
+
+    body = {"__module__": __name__, "save_pretrained": save_pretrained}
+    return type(f"Prunec{stock.__name__}", (Pruned, stock), body)
+
+
+def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
+    """Make the shrunk module what its directory will open as; changes its class and its config.
+
+    Sizes that the stock config can say go there and the class stays stock; else the class becomes
+    the generated one and its config carries the `prunec` table. Either way `save_pretrained`,
+    a Trainer's checkpoints and static caches work on it.
+    """
+    stock: Any = stock_class(model)
+    config = model.config
+    if fields.uniform is not None:
+        for name, value in fields.uniform.items():
+            setattr(config, name, value)
+        for name in ("prunec", "auto_map"):
+            vars(config).pop(name, None)
+        model.__class__ = stock
+        return
+    config.prunec = table(model, attributes)
+    bare = _bare_class(type(config))
+    named = {**dict.fromkeys(auto_classes(model), stock), "AutoModel": bare}
+    config.auto_map = {
+        auto: f"{MODULE}.Prunec{cls.__name__}" for auto, cls in named.items() if cls is not None
+    }
+    model.__class__ = pruned_class(stock)
+    config.architectures = [type(model).__name__]
+    _say_layers(config, fields)
+
+
+def _say_layers(config: Any, fields: ConfigFields) -> None:
+    """Transformers' own per-layer key: read by its static caches, by vLLM, by exporters."""
+    own = {
+        index: {name: value for name, value in row.items() if getattr(config, name, None) != value}
+        for index, row in fields.layers.items()
+    }
+    rows = {str(index): row for index, row in own.items() if row}
+    said = {"per_layer_config": rows, "allow_global_per_layer_attribute_access": True}
+    if rows and _accepts(type(config), {**config.to_dict(), **fields.base, **said}):
+        for name, value in {**fields.base, **said}.items():
+            setattr(config, name, value)
+
+
+def _accepts(cls: Any, values: dict[str, Any]) -> bool:
+    try:
+        cls.from_dict(copy.deepcopy(values))
+    except (ValueError, TypeError, StrictDataclassError):
+        return False
+    return True
+
+
+def table(model: Any, attributes: Attributes) -> dict[str, Any]:
+    """What the generated class does to the stock one: shapes, added parameters, numbers."""
+    stock = _built(model)
+    before = {n: list(t.shape) for n, t in tensors_of(stock).items()}
+    saved = model.state_dict().keys() | shapes_of(model).keys()
+    now = {n: list(t.shape) for n, t in tensors_of(model).items() if n in saved}
+    earlier = getattr(model.config, "prunec", None) or {}  # of a model that is pruned once more
+    return {
+        "format": FORMAT,
+        "transformers": _oldest_transformers(stock),
+        "shapes": {n: s for n, s in now.items() if n in before and s != before[n]},
+        "added": {n: s for n, s in now.items() if n not in before},
+        "attrs": _merged(earlier.get("attrs", {}), attributes),
+        "skip": earlier.get("skip", {}),
+    }
+
+
+def _merged(earlier: Attributes, later: Attributes) -> dict[str, dict[str, Any]]:
+    merged = {path: dict(values) for path, values in earlier.items()}
+    for path, values in later.items():
+        own = merged.setdefault(path, {})
+        fields = {**own.get("config", {}), **values.get("config", {})}
+        own |= {**values, **({"config": fields} if fields else {})}
+    return merged
+
+
+def _built(model: Any) -> Any:
+    cls = stock_class(model)
+    built = meta_model(cls, model.config, {}, validate=False)
+    if built is None:
+        raise ExportError(f"{cls.__name__} cannot be built from its own config")
+    return built
+
+
+def _oldest_transformers(stock: Any) -> int:
+    """The oldest major release whose class has these parameter names and reads this config."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rope = getattr(stock.config, "rope_parameters", None) or {}
+    nested = any(isinstance(value, dict) for value in rope.values())
+    return 5 if nested or get_model_conversion_mapping(stock, add_legacy=False) else 4
+
+
+def auto_classes(model: Any) -> list[str]:
+    """The transformers Auto classes that know the model's class; the one for its task first."""
+    from transformers.models.auto import modeling_auto
+
+    if not hasattr(model, "config"):
+        return []
+    cls, found = stock_class(model), []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if inspect.isclass(auto) and mapping is not None:
+            known = mapping.get(type(model.config), ())
+            if cls in (known if isinstance(known, tuple) else (known,)):
+                found.append(name)
+    return sorted(found, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
+
+
+def _bare_class(config_class: Any) -> Any:
+    """The class of the bare model, without a head for a task; None if there is none."""
+    from transformers import AutoModel
+
+    known = AutoModel._model_mapping.get(config_class, None)
+    return known[0] if isinstance(known, tuple) else known
+
+
+def source(stock: Any, config_class: Any) -> str:
+    """modeling_prunec.py: the text of our own module, then the classes of this model."""
+    classes = {cls for cls in (stock, _bare_class(config_class)) if cls is not None}
+    names = sorted(cls.__name__ for cls in classes)
+    text, imports = inspect.getsource(modeling_prunec), "from torch import nn\n"
+    assert imports in text
+    text = text.replace(imports, f"{imports}from transformers import {', '.join(names)}\n", 1)
+    bodies = (
+        f'class Prunec{name}(Pruned, {name}):\n    """{name}, with the sizes of config.prunec."""\n'
+        for name in names
+    )
+    return text + "".join(f"\n\n{body}" for body in bodies)
