@@ -48,7 +48,7 @@ def prune(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Cut as this plan, or prunec.json, says: no recipe, data or correction.",
+            help="Cut as this plan.json says, without a recipe, data or correction.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -143,7 +143,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _read_plan(path: Path) -> Plan:
-    """A plan by itself, or the one inside a prunec.json or a --json report."""
+    """A plan by itself, or the one inside a --json report."""
     from prunec import Plan
 
     try:
