@@ -71,11 +71,18 @@ def _score_kind(leaf: Dim, layout: Layout, places: Sequence[Place]) -> str:
 
 
 def _in_two_halves(dim: Dim, leaf: Dim) -> bool:
-    """Whether the leaf is two segments of one sum by itself, as the halves of a rotation are."""
-    root = dim.root
-    if root.form == "sum" and sum(part is leaf for part in root.parts) > 1:
-        return True
-    return any(_in_two_halves(part, leaf) for part in root.parts)
+    """Whether the leaf is paired with itself, as the two numbers that a rotation turns are.
+
+    Two segments of one sum by itself (halves), or the major factor beside two pinned phases
+    (interleaved). Queries and keys in one weight are two segments as well: beside the values.
+    """
+    root, parts = dim.root, dim.parts
+    others = [part for part in parts if part is not leaf]
+    if root.form == "sum" and len(parts) - len(others) == 2:
+        return not any(part.has("value") for part in others)
+    if root.form == "product" and parts[-1].size == 2 and parts[-1].has("pinned"):
+        return len(parts) > 1 and parts[-2] is leaf
+    return any(_in_two_halves(part, leaf) for part in parts)
 
 
 def residual_leaves(program: Program, layout: Layout) -> set[Dim]:

@@ -310,7 +310,9 @@ _FILLS: dict[str, float] = {
 _HANDLERS: dict[str, Callable[[_Reduction], Any]] = {
     "mean": _mean,
     **dict.fromkeys(("var", "std", "var_mean", "std_mean"), _spread),
-    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _layer_norm),
+    **dict.fromkeys(
+        ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _layer_norm
+    ),
     "group_norm": _group_norm,
     **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), _grouped_product),
     "topk": _topk,

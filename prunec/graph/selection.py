@@ -143,21 +143,34 @@ class Selection:
 
     def _leaf_count(self, leaf: Dim, keep: Keep) -> int:
         rows = keep.mask.reshape(-1, leaf.size)
-        counts = set(rows.sum(axis=1)[self._alive(keep)].tolist())
+        counts = set(rows.sum(axis=1)[self.surviving_rows(keep).reshape(-1)].tolist())
         if len(counts) != 1:
             raise PlanError(
                 f"{leaf.label}: every companion index must keep as many units, not {sorted(counts)}"
             )
         return int(counts.pop())
 
-    def _alive(self, keep: Keep) -> BoolArray:
-        """Bool [prod(companion sizes)]: companion indices that stay themselves."""
-        alive = np.ones((), dtype=bool)
-        for companion in keep.companions:
-            own = self._keeps.get(companion.root)
-            row = np.ones(companion.size, dtype=bool) if own is None else own.mask.reshape(-1)
-            alive = np.logical_and.outer(alive, row)
-        return alive.reshape(-1)
+    def surviving_rows(self, keep: Keep) -> BoolArray:
+        """Bool [companion sizes...]: combinations of companion units that stay themselves.
+
+        A companion may have companions of its own, which are then the leaf's too.
+        """
+        roots = [companion.root for companion in keep.companions]
+        sizes = [root.size for root in roots]
+        index = dict(zip(roots, np.indices(sizes), strict=True))
+        alive = np.ones(sizes, dtype=bool)
+        for root in roots:
+            own = self._keeps.get(root)
+            if own is None:
+                continue
+            missing = [c for c in own.companions if c.root not in index]
+            if missing:
+                raise PlanError(
+                    f"the units kept of {root.label} differ from {missing[0].label} to "
+                    f"{missing[0].label}, which is no companion of what they hold"
+                )
+            alive &= own.mask[(*(index[c.root] for c in own.companions), index[root])]
+        return alive
 
     def take(self, tensor: Tensor, dims: Sequence[Dim], before: Selection | None = None) -> Tensor:
         """The part of ``tensor`` (one Dim an axis) that stays, as a new tensor.

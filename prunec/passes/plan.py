@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim
-from prunec.graph.selection import BoolArray, Keep, Selection
+from prunec.graph.selection import Keep, Selection
 
 FORMAT = 1
 
@@ -139,15 +139,8 @@ def _check(group: Group, entry: GroupKeep) -> None:
 
 
 def _rows_of(keep: Keep, selection: Selection) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    survivors = []
-    for companion in keep.companions:
-        own = selection.keep(companion)
-        rows: BoolArray = (
-            np.ones(companion.size, dtype=bool) if own is None else own.mask.reshape(-1)
-        )
-        survivors.append(np.flatnonzero(rows).tolist())
-    for row in product(*survivors):
-        yield row, tuple(np.flatnonzero(keep.mask[row]).tolist())
+    for row in np.argwhere(selection.surviving_rows(keep)).tolist():
+        yield tuple(row), tuple(np.flatnonzero(keep.mask[tuple(row)]).tolist())
 
 
 def _rows_to_json(rows: Mapping[tuple[int, ...], tuple[int, ...]]) -> Any:

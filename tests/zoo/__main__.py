@@ -28,7 +28,12 @@ from zoo.check import examine
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".zoo"
-SOURCES = ("prunec/graph", "prunec/passes/slice.py", "prunec/passes/oracle.py", "tests/zoo/check.py")
+SOURCES = (
+    "prunec/graph",
+    "prunec/passes/slice.py",
+    "prunec/passes/oracle.py",
+    "tests/zoo/check.py",
+)
 
 
 def sources_digest() -> str:
@@ -47,6 +52,7 @@ def main() -> int:
     CACHE.mkdir(exist_ok=True)
     types = arguments.types or list(configs.all_types(arguments.family))
     sources = sources_digest()
+    _warm_up()
     context = multiprocessing.get_context("fork")
     for number, name in enumerate(types, start=1):
         file = CACHE / f"{name.replace('/', '.')}.json"
@@ -72,6 +78,12 @@ def main() -> int:
         sys.stdout.flush()
     report.write(CACHE, ROOT)
     return 0
+
+
+def _warm_up() -> None:
+    """Import what tracing needs before forking, not in every child."""
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Softmax(-1))
+    examine(layer, {"input": torch.ones(2, 2)})
 
 
 def _parse() -> argparse.Namespace:

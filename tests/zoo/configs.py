@@ -1,8 +1,8 @@
 """Tiny models of every architecture in transformers, built from its configuration classes.
 
 No table of architectures: every attribute of a configuration that is known to be a size gets a
-small one, attributes that list a kind per layer get each of their kinds once, and sub-configurations
-are treated alike. Sizes differ from each other, so that no axis is taken for another by its length.
+small one, attributes that list a kind per layer get each of their kinds once, and
+sub-configurations are treated alike. Sizes differ from each other, so that no axis is taken for another by its length.
 What this cannot build is patched in `OVERRIDES`, by type.
 """
 
@@ -26,7 +26,7 @@ _HEADS = (
     "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
     "swa_num_attention_heads linear_num_value_heads linear_num_heads"
 )
-_KV_HEADS = "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads"
+_KV_HEADS = "num_key_value_heads kv_n_heads num_kv_heads"
 _LAYERS = (
     "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
     "num_encoder_layers num_decoder_layers num_blocks"
@@ -42,10 +42,8 @@ _SHARED_WIDTH = (
     "moe_shared_expert_intermediate_size"
 )
 _EXPERTS = "num_experts n_routed_experts num_local_experts moe_num_experts"
-_TOP_K = (
-    "num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token"
-)
-_HEAD_DIM = "head_dim d_head dim_head kv_channels attention_head_dim v_head_dim d_kv swa_head_dim"
+_TOP_K = "num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token"
+_HEAD_DIM = "head_dim d_head dim_head kv_channels attention_head_dim v_head_dim d_kv"
 _POSITIONS = "max_position_embeddings n_positions max_seq_len context_length n_ctx"
 
 SIZES: dict[str, int] = {
@@ -133,11 +131,50 @@ SIZES: dict[str, int] = {
     "attention_head_size": 8,
     "moe_latent_size": 30,
     "num_query_groups": 3,
-    "head_dim_rope": 8,
+    "zero_expert_num": 3,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
 }
 
 # by model type: attributes, `None` to leave the default; "example": input names to shapes
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "musicgen": {"num_codebooks": 5},
+    "musicgen_melody": {"num_codebooks": 5},
+    "nemotron": {"num_key_value_heads": 3},
+    "qwen4_exp": {"indexer_budget": 4, "indexer_compress_ratio": 2},
+    "qwen4_exp_text": {"indexer_budget": 4, "indexer_compress_ratio": 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 96,
+        "attention_head_dim": 16,
+    },
+    "codegen": {"n_head": 4, "n_embd": 32, "rotary_dim": 4},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 3, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 52, "moe_num_experts": 9, "moe_top_k": 2},
+    },
+    "diffllama": {"num_key_value_heads": 2},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma3n": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 12},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 12,
+        "mamba_headdim": 8,
+        "attention_hidden_size": 96,
+        "attention_head_dim": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def causal_types() -> list[str]:
@@ -154,16 +191,16 @@ def digest(name: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build(model_type: str, mapping: str = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES") -> nn.Module:
+def build(model_type: str) -> nn.Module:
     """A tiny model of this type with seeded random weights, on the CPU."""
-    config = tiny_config(model_type)
-    names = getattr(modeling_auto, mapping)[model_type]
-    kind = getattr(transformers, names if isinstance(names, str) else names[0])
-    if not isinstance(config, kind.config_class):
-        config = config.get_text_config(decoder=True)
     torch.manual_seed(0)
-    model: nn.Module = kind._from_config(config)
+    model: nn.Module = _model_class(model_type)._from_config(tiny_config(model_type))
     return model.eval().requires_grad_(False)
+
+
+def _model_class(model_type: str) -> Any:
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +212,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The configuration of this type with every known size made small."""
-    kind = CONFIG_MAPPING[model_type]
+    kind = _model_class(model_type).config_class or CONFIG_MAPPING[model_type]
     overrides = OVERRIDES.get(model_type, {})
     config = kind(**{**_tiny_arguments(kind(), overrides), **overrides})
     config.use_cache = False
@@ -186,18 +223,26 @@ def _tiny_arguments(default: PreTrainedConfig, overrides: dict[str, Any]) -> dic
     attributes = {k: v for k, v in vars(default).items() if not k.startswith("_")}
     arguments: dict[str, Any] = {}
     layers = _layer_lists(attributes)
-    depth = max([2, *(len(set(values)) for values in layers.values())])
+    kinds = [len(set(values)) for name, values in layers.items() if name not in SIZES]
+    depth = max([2, *(count for count in kinds if count <= _MOST_KINDS)])
+    depth = overrides.get("num_hidden_layers", depth)
     for name, value in attributes.items():
         if name in overrides:
             continue
         if isinstance(value, PreTrainedConfig):
             arguments[name] = _tiny_arguments(value, {})
+        elif name in layers and name in SIZES:
+            arguments[name] = [SIZES[name]] * depth
+        elif name in layers and len(set(value)) > _MOST_KINDS:
+            arguments[name] = None
         elif name in layers:
             distinct = list(dict.fromkeys(value))
             arguments[name] = [distinct[i % len(distinct)] for i in range(depth)]
         elif name in _LAYERS.split():
             arguments[name] = depth
-        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
+        elif _is_size(name) and isinstance(value, int) and not isinstance(value, bool):
+            arguments[name] = SIZES[name.removeprefix("swa_")]
+        elif name in _REQUIRED and value is None:
             arguments[name] = SIZES[name]
         elif name.endswith("_token_id") and isinstance(value, int):
             arguments[name] = min(value, _SPECIAL.get(name, 3))
@@ -205,6 +250,16 @@ def _tiny_arguments(default: PreTrainedConfig, overrides: dict[str, Any]) -> dic
     return {k: v for k, v in arguments.items() if overrides.get(k, 0) is not None}
 
 
+def _is_size(name: str) -> bool:
+    return name.removeprefix("swa_") in SIZES
+
+
+_MOST_KINDS = 4
+# sizes that some configurations leave open and their models need
+_REQUIRED = (
+    *("head_dim", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"),
+    *("indexer_n_heads", "indexer_kv_heads", "indexer_head_dim"),
+)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

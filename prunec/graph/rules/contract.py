@@ -70,8 +70,7 @@ def einsum(call: Call) -> Result:
                 letters[letter] = dim
             elif dim.size != 1:
                 letters[letter] = call.unify(known, dim)
-    if len(call.arg("tensors")) == 2 and all(call.is_data(n) for n in call.arg("tensors")):
-        _einsum_roles(call, left.split(","), result, letters)
+    _einsum_roles(call, left.split(","), result, letters)
     before, _, after = result.partition("...")
     shape = call.shape[len(before) : len(call.shape) - len(after)]
     front = call.broadcast(leading, shape) if leading else ()
@@ -79,11 +78,17 @@ def einsum(call: Call) -> Result:
 
 
 def _einsum_roles(call: Call, terms: list[str], result: str, letters: dict[str, Dim]) -> None:
+    """Roles as in `_product`, of the two operands that depend on the user's inputs."""
+    data = [
+        term for term, node in zip(terms, call.arg("tensors"), strict=True) if call.is_data(node)
+    ]
+    if len(data) != 2:
+        return
+    result += "".join(term for term in terms if term not in data)
     for letter, dim in letters.items():
-        everywhere = all(letter in term for term in terms)
-        if everywhere:
+        if all(letter in term for term in data):
             call.note(dim, "head" if letter in result else "score")
-        elif letter in terms[1] and letter in result:
+        elif letter in data[1] and letter in result:
             call.note(dim, "value")
 
 

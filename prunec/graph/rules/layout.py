@@ -19,7 +19,10 @@ _SHAPED_LIKE = ("flatten", "unflatten", "view_as", "reshape_as")
 
 @RULES.register(*(f"aten::{name}" for name in _VIEWS + _SHAPED_LIKE), usage="move")
 def view(call: Call) -> Result:
-    return regroup(call, call.dims("self"), call.shape)
+    dims = call.dims("self")
+    if "dtype" in call.arguments and [dim.size for dim in dims] == call.shape:
+        return dims
+    return regroup(call, dims, call.shape)
 
 
 def regroup(call: Call, source: Dims, sizes: Sequence[int]) -> Dims:
@@ -62,7 +65,11 @@ def _read_as(call: Call, whole: Dim, sizes: Sequence[int]) -> list[Dim]:
 
 @RULES.resizes("aten::view", "aten::reshape", "aten::_unsafe_view")
 def resize_view(call: Call, selection: Selection) -> Resized:
-    return Resized({_size_argument(call): _new_sizes(call, selection)})
+    """As a reshape: strides that allowed a view may not survive slicing. View by type keeps."""
+    if "dtype" in call.arguments:
+        return Resized()
+    arguments = {"self": call.arg("self"), "shape": _new_sizes(call, selection)}
+    return Resized(arguments, target=torch.ops.aten.reshape.default)
 
 
 @RULES.resizes("aten::unflatten")
