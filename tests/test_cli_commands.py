@@ -91,6 +91,13 @@ def test_analyze_folds_layers_and_says_why_on_request() -> None:
     assert "addressed by position" in run("analyze", "model", "--why").stdout
 
 
+def test_analyze_draws_one_block(folder: Path) -> None:
+    run("analyze", "model", "--svg", "block.svg")
+    svg = (folder / "block.svg").read_text()
+    assert svg.startswith("<svg")
+    assert "ffn_channel" in svg
+
+
 def test_any_module_is_analyzed_through_a_factory() -> None:
     found = printed_json("analyze", "tiny_factory:perceptron")
     assert [(group["kind"], group["units"]) for group in found["groups"]] == [("ffn_channel", 12)]

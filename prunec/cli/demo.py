@@ -56,10 +56,10 @@ def demo(
     """
     import prunec
     from prunec.calibration import calibrate_text
-    from prunec.cli.analyze import draw
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_source, save_result
     from prunec.codegen.directory import check_target
+    from prunec.graph.render import draw, write_picture
 
     screen = Screen(quiet=quiet, json=json)
     check_target(out, overwrite=overwrite)
@@ -78,7 +78,8 @@ def demo(
     before = _measure(screen, "dense", dense)
     after = _measure(screen, "pruned", pruned)
     with screen.task("draw the coupling"):
-        draw(prunec.couple(prunec.trace(dense.model, dense.example)), out / SVG)
+        coupling = prunec.couple(prunec.trace(dense.model, dense.example))
+        write_picture(draw(coupling), out / SVG)
 
     show_report(screen, result.report)
     _compare(screen, before, after)

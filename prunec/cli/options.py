@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +28,3 @@ TrustRemoteCode = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-SvgFile = Annotated[
-    Path | None, typer.Option("--svg", metavar="FILE", help="Draw the coupling of one block.")
-]
