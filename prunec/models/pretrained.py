@@ -162,13 +162,10 @@ def _entry(config: PreTrainedConfig, opening: Opening) -> _Entry:
         trust = {"trust_remote_code": True}
         return _Entry(auto.from_pretrained, lambda c: auto.from_config(c, **trust), trust)
     cls = getattr(transformers, named, None) if named else None
-    if cls is None:
-        cls = mapped_class(config)
-    if named and cls is None:
-        raise ModelError(
-            f"transformers {transformers.__version__} has no class {named}",
-            fix=_TRUST if auto_map else "a newer transformers may have it",
-        )
+    if cls is None and auto_map:
+        # The stock class of its type may have the same weights and compute something else.
+        raise ModelError(f"the model's class {named} is the checkpoint's own code", fix=_TRUST)
+    cls = cls or mapped_class(config)
     if cls is None:
         raise ModelError(f"no transformers model takes a {type(config).__name__}")
     return _Entry(cls.from_pretrained, cls, {})

@@ -181,3 +181,28 @@ def test_the_demo_model_opens_by_name() -> None:
     prompt = source.tokenizer("The capital of France is", return_tensors="pt")
     best = source.model(**prompt).logits[0, -1].argmax()
     assert source.tokenizer.decode(best) == " Paris"
+
+
+def test_a_checkpoints_own_code_runs_only_where_it_is_trusted(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = str(tmp_path_factory.mktemp("modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    (directory / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    values = {**config, "architectures": ["Own"], "auto_map": auto_map}
+    (directory / "config.json").write_text(json.dumps(values))
+    for weights in ("load", "meta", "random"):
+        source = open_model(str(directory), trust_remote_code=True, weights=weights)
+        assert type(source.model).__name__ == "Own"
+    with pytest.raises(ModelError, match="class Own is the checkpoint's own code") as caught:
+        open_model(str(directory))
+    assert "trust_remote_code" in str(caught.value)
+    (directory / "config.json").write_text(json.dumps({**values, "model_type": "own"}))
+    with pytest.raises(ModelError, match="no model type 'own'") as caught:
+        open_model(str(directory))
+    assert "trust_remote_code" in str(caught.value)
