@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from prunec.codegen.attributes import CONFIG
 from prunec.codegen.shrink import Shrunk
+from prunec.codegen.twin import stock_class
 
 
 def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str) -> str:
@@ -16,7 +16,7 @@ def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str) -> str:
     base, custom = metadata.get("base_model"), shrunk.config.uniform is None
     parts = [
         _front_matter(base),
-        f"# {base or type(shrunk.model).__name__}, pruned\n",
+        f"# {base or stock_class(shrunk.model).__name__}, pruned\n",
         _summary(shrunk, metadata.get("report") or {}),
         _loading(auto, shrunk.config.reason if custom else None),
         _sizes(shrunk),
@@ -41,12 +41,12 @@ def _summary(shrunk: Shrunk, report: Mapping[str, Any]) -> str:
     for name in ("block_parameters", "flops"):
         if report.get(name):
             table[name] = report[name]
-    lines += ["| | before | after |", "|---|---|---|"]
+    rows = []
     for name, (before, after) in table.items():
-        was = f"{before:,}" if before else ""
         share = f" (-{1 - after / before:.1%})" if before else ""
-        lines.append(f"| {name.replace('_', ' ')} | {was} | {after:,}{share} |")
-    return "\n".join(lines) + "\n"
+        was = f"{before:,}" if before else ""
+        rows.append((name.replace("_", " "), was, f"{after:,}{share}"))
+    return "\n".join([*lines, _table("Size", ["", "before", "after"], rows)])
 
 
 def _loading(auto: str, reason: str | None) -> str:
@@ -69,33 +69,34 @@ def _loading(auto: str, reason: str | None) -> str:
 
 
 def _sizes(shrunk: Shrunk) -> str:
-    """One row a layer, of the fields that the config has for it, else of the module's numbers."""
-    rows = dict(_rows(shrunk))
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    if not columns:
-        return ""
-    lines = ["## Sizes\n", f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for place, row in rows.items():
-        lines.append(f"| {place} | {' | '.join(str(row.get(c, '')) for c in columns)} |")
-    return "\n".join(lines) + "\n"
+    """One row a layer if the config has words for all sizes, else one a weight."""
+    fields = shrunk.config
+    if fields.layers and fields.whole:
+        names = list(dict.fromkeys(name for row in fields.layers.values() for name in row))
+        head: list[Any] = ["layer", *(f"{name} (was {fields.was[name]})" for name in names)]
+        rows: list[list[Any]] = [
+            [i, *(row.get(n, fields.was[n]) for n in names)] for i, row in fields.layers.items()
+        ]
+    else:
+        head = ["weight", "was", "is"]
+        rows = [
+            [f"`{name}`", *(" x ".join(map(str, shape)) for shape in pair)]
+            for name, pair in shrunk.sizes.items()
+            if len(pair[0]) > 1
+        ]
+    return _table("Layers", head, rows) if rows else ""
 
 
-def _rows(shrunk: Shrunk) -> Iterator[tuple[str, dict[str, Any]]]:
-    if shrunk.config.layers:
-        yield from ((str(index), dict(row)) for index, row in shrunk.config.layers.items())
-        return
-    for path, values in shrunk.attributes.items():
-        flat = {k: v for k, v in values.items() if k != "config"}
-        flat |= {CONFIG + k: v for k, v in values.get("config", {}).items()}
-        yield f"`{path}`", flat
+def _table(title: str, head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return f"## {title}\n\n{body}\n"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
     if not metrics:
         return ""
-    lines = ["## Measured\n", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_shown(value)} |" for name, value in metrics.items()]
-    return "\n".join(lines) + "\n"
+    return _table("Measured", ["", ""], [(n, _shown(value)) for n, value in metrics.items()])
 
 
 def _shown(value: Any) -> str:

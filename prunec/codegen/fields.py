@@ -36,12 +36,16 @@ class ConfigFields:
         reason: why it cannot.
         layers: layer -> fields that differ from the global ones there.
         base: fields to state globally for `layers` to hold, such as an explicit head_dim.
+        whole: whether `layers` says every size of every layer.
+        was: the values that those fields had.
     """
 
     uniform: dict[str, Any] | None = None
     reason: str = "the model has no config"
     layers: dict[int, dict[str, int]] = field(default_factory=dict)
     base: dict[str, int] = field(default_factory=dict)
+    whole: bool = False
+    was: dict[str, int] = field(default_factory=dict)
 
 
 def config_fields(
@@ -51,7 +55,7 @@ def config_fields(
     if getattr(model, "config", None) is None:
         return ConfigFields()
     path = _layer_list(model)
-    layers, base = _layer_fields(model, small, sliced, path) if path else ({}, {})
+    layers, base, whole = ({}, {}, False) if not path else _layer_fields(model, small, sliced, path)
     uniform: dict[str, Any] | None = None
     if sliced.added:
         reason = f"{len(sliced.added)} parameters are not in the stock class"
@@ -61,7 +65,8 @@ def config_fields(
         uniform, reason = _uniform_fields(model, small, sliced, example)
     if path:
         layers = _with_cache_geometry(small, path, layers, base, example)
-    return ConfigFields(uniform, reason, layers, base)
+    was = {name: getattr(model.config, name) for row in layers.values() for name in row}
+    return ConfigFields(uniform, reason, layers, base, whole, was)
 
 
 def _layer_list(model: Any) -> str | None:
@@ -99,21 +104,21 @@ def _explicit_head_dim(config: Any) -> Iterator[dict[str, int]]:
 
 def _layer_fields(
     model: Any, small: nn.Module, sliced: Sliced, path: str
-) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+) -> tuple[dict[int, dict[str, int]], dict[str, int], bool]:
     """Fields by layer such that the class built from layer i's has layer i's shapes.
 
-    Where no set of fields gives all shapes, those that alone give the shapes that they change.
+    Where no set of fields gives all shapes (False), those that alone give what they change.
     """
-    found = _field_candidates(model, sliced, path)
+    found = _with_effect(model, _field_candidates(model, sliced, path))
     layers = _Layers(model, small, path)
     for base in _explicit_head_dim(model.config):
         try:
             accepted = search(found, partial(layers.differ, base=base), LIMIT)
         except ExportError:
             continue
-        return _by_layer(_fewest(accepted.choice, accepted.equivalents)), base
+        return _by_layer(_fewest(accepted.choice, accepted.equivalents)), base, True
     alone = {c: v for c in found for v in c.options[:-1] if layers.explains({c: v})}
-    return _by_layer(alone), {}
+    return _by_layer(alone), {}, False
 
 
 def _field_candidates(model: Any, sliced: Sliced, path: str) -> list[Candidate]:
@@ -126,6 +131,20 @@ def _field_candidates(model: Any, sliced: Sliced, path: str) -> list[Candidate]:
         made = candidate("layer", name, places, old, sizes)
         found += [made] if made is not None else []
     return found
+
+
+def _with_effect(model: Any, found: list[Candidate]) -> list[Candidate]:
+    """Without the fields that no shape depends on: token ids and the like."""
+    cls, config = stock_class(model), model.config
+    stock = meta_model(cls, config, {}, validate=False)
+    before = shapes_of(stock) if stock is not None else {}
+
+    def matters(field: Candidate) -> bool:
+        value = next(v for v, o in zip(field.options[0], field.old, strict=True) if v != o)
+        built = meta_model(cls, config, {field.name: value}, validate=False)
+        return built is None or shapes_of(built) != before
+
+    return [field for field in found if matters(field)]
 
 
 class _Layers:
@@ -208,7 +227,7 @@ def _matching_fields(model: Any, small: nn.Module, sliced: Sliced) -> dict[str, 
     for extent in sliced.extents:
         news[extent.old] = tuple(dict.fromkeys((*news.get(extent.old, ()), extent.new)))
     found = [_global(name, old, news[old]) for name, old in numbers.items() if old in news]
-    trials = 0
+    found, trials = _with_effect(model, found), 0
 
     def judge(choice: Choice, more: dict[str, Any]) -> str | None:
         nonlocal trials

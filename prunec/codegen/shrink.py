@@ -18,6 +18,7 @@ from prunec.events import Progress, silent
 from prunec.graph.selection import Sliced
 from prunec.models.quiet import quiet
 
+Size = tuple[int, ...]
 PROOF_SHAPES = ((2, 9),)  # (batch, sequence) at which the whole model is run once more
 
 
@@ -34,6 +35,7 @@ class Shrunk:
         trials: settings tried.
         checks: the comparisons that the module stood.
         added: names of parameters that the stock class lacks.
+        sizes: parameter -> shape before and after, of those that changed.
         example: inputs by keyword, kept for the checks of what is written later.
     """
 
@@ -42,6 +44,7 @@ class Shrunk:
     config: ConfigFields
     trials: int
     checks: tuple[str, ...]
+    sizes: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     example: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -85,8 +88,16 @@ def shrink(
         if auto_classes(small):
             adopt(small, found.attributes, fields)
     passed = (*found.checks, *proven)
+    new = sliced.weights
+    sizes = {
+        name: (tuple(old.shape), tuple(new[name].shape))
+        for name, old in tensors_of(model).items()
+        if name in sliced.keep
+    }
     added = tuple(sliced.added)
-    return Shrunk(small, found.attributes, fields, found.trials, passed, added, dict(example))
+    return Shrunk(
+        small, found.attributes, fields, found.trials, passed, sizes, added, dict(example)
+    )
 
 
 def _validate(model: nn.Module, sliced: Sliced) -> None:

@@ -152,8 +152,9 @@ def redraw(model: nn.Module, sliced: Sliced, seed: int = 0) -> Sliced:
             drawn[id(like)] = _gain(noise, old.get(name), id(old.get(name)) in embeddings)
         return drawn[id(like)]
 
-    weights = {name: draw(name, w) for name, w in sliced.weights.items() if w.is_floating_point()}
-    added = {name: draw(name, w) for name, w in sliced.added.items()}
+    given = sorted(sliced.weights.items())  # one order: the same numbers in every process
+    weights = {name: draw(name, w) for name, w in given if w.is_floating_point()}
+    added = {name: draw(name, w) for name, w in sorted(sliced.added.items())}
     return Sliced({**sliced.weights, **weights}, sliced.keep, sliced.extents, added)
 
 

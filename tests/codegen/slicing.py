@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers as T
 from torch import Tensor, nn
 
+from prunec.codegen.shrink import Shrunk, shrink
 from prunec.graph.coupling import CouplingGraph, Group, couple
 from prunec.graph.selection import Sliced
 from prunec.graph.trace import trace
 from prunec.passes.plan import GroupKeep, Plan
-from prunec.passes.slice import slice_state, sliced_parameters
+from prunec.passes.slice import pad_state, slice_state, sliced_parameters
 
 VOCABULARY = 61
 DECODER = {
@@ -30,6 +33,7 @@ DECODER = {
 }
 HEADS = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
 GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 6}
+UNITS = ("ffn_channel", "head", "query_head", "kv_group")
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
@@ -52,6 +56,20 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
             ffn_dim=40,
             word_embed_proj_dim=48,
         )
+    ),
+    "falcon": lambda: T.FalconForCausalLM(
+        T.FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_kv_heads=3,
+            new_decoder_architecture=True,
+            **TOKENS,
+        )
+    ),
+    "mixtral": lambda: T.MixtralForCausalLM(
+        T.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
     ),
     "bloom": lambda: T.BloomForCausalLM(
         T.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=3, n_head=6, **TOKENS)
@@ -83,8 +101,38 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str) -> nn.Module:
+    """With weights of unit gain: at the default initialisation errors hide."""
     torch.manual_seed(0)
-    return ARCHITECTURES[name]().eval().requires_grad_(False)
+    model = ARCHITECTURES[name]().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        scale = 0.2 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+        parameter.copy_(parameter.mean() + noise * scale if parameter.ndim < 2 else noise * scale)
+    return model
+
+
+@functools.cache
+def prepared(name: str) -> tuple[nn.Module, CouplingGraph]:
+    """A tiny model of that architecture and its coupling; shared, not to be changed."""
+    model = build(name)
+    return model, coupling_of(model)
+
+
+def shrunk(
+    name: str, kinds: Sequence[str] = UNITS, **plan: Any
+) -> tuple[nn.Module, CouplingGraph, Plan, Shrunk]:
+    """A tiny model pruned in every layer differently, and put together."""
+    model, coupling = prepared(name)
+    chosen = random_plan(coupling, kinds, **plan)
+    sliced = by_plan(model, coupling, chosen)
+    return model, coupling, chosen, shrink(model, sliced, example=example_for(model))
+
+
+def masked_logits(coupling: CouplingGraph, plan: Plan) -> Tensor:
+    """What the shrunk model must compute for the example, by the mask oracle on the graph."""
+    selection, program = plan.selection(coupling), coupling.program
+    state = pad_state(coupling, selection, slice_state(coupling, selection, program.state))
+    return program.run(state, **program.example)
 
 
 def example_for(model: nn.Module) -> dict[str, Tensor]:
