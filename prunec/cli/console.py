@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.progress import Task as BarTask
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,13 @@ from prunec.errors import ExportError
 from prunec.events import Task
 
 PIPE_WIDTH = 120
+
+
+class _Count(MofNCompleteColumn):
+    """How many of how many; nothing where the number of parts is not known."""
+
+    def render(self, task: BarTask) -> Text:
+        return Text() if task.total is None else super().render(task)
 
 
 class _Bar:
@@ -63,7 +71,7 @@ class Screen:
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            _Count(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._err,
