@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from prunec.evaluation.size import parameter_bytes
+from prunec.graph.memory import release_freed
 from prunec.models.example import example_inputs
 from prunec.models.generation import generates, plain_generation
 
@@ -160,7 +158,7 @@ def resident_growth() -> Iterator[Callable[[], int]]:
     Sampled every millisecond by a thread: torch lets it run beside its operators.
     """
     process = psutil.Process()
-    _release_freed()
+    release_freed()
     start = process.memory_info().rss
     highest = start
     done = threading.Event()
@@ -177,12 +175,3 @@ def resident_growth() -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         sampler.join()
-
-
-def _release_freed() -> None:
-    """Give freed memory back: what the allocator still holds would be reused without growth."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)

@@ -12,6 +12,7 @@ from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.interpreter import Stream
+from prunec.graph.memory import release_freed
 from prunec.graph.selection import BoolArray, Keep, Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.problem import SiteProblem
@@ -178,6 +179,7 @@ class _Worker:
         updated = {site.parameter: mended.movedim(-1, site.axis).contiguous()}
         self._weights.select(selection, site_parameters(site), updated)
         stream.select(selection)
+        release_freed()
 
     def _keep(self, name: str, kept: Mapping[str, BoolArray]) -> Keep:
         companions = tuple(self._coupling[c].dim for c in self._coupling[name].companions)
