@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from prunec.cli import options
 
 if TYPE_CHECKING:
-    import prunec
     from prunec.cli.console import Screen
-    from prunec.graph.render.figures import Alike, GroupFigures
+    from prunec.graph.render.text import Section
 
 
 def analyze(
@@ -19,10 +18,23 @@ def analyze(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw the coupling.")
     ] = None,
+    dot: Annotated[
+        Path | None, typer.Option("--dot", metavar="FILE", help="Write the picture's source.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write one page to explore every picture."),
+    ] = None,
     level: Annotated[
-        Literal["blocks", "groups", "ops"],
-        typer.Option(help="What --svg draws: the whole model, one block, or one group."),
-    ] = "groups",
+        Literal["blocks", "groups", "ops"] | None,
+        typer.Option(help="Draw the whole model, one block (the default), or one group."),
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option(metavar="MODULE", help="The block to draw, model.layers.0.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="The group to draw with every tensor.")
+    ] = None,
     json: options.Json = None,
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
@@ -35,78 +47,40 @@ def analyze(
     """
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_coupled
-    from prunec.graph.render import draw, write_picture
-    from prunec.graph.render.figures import Figures
+    from prunec.graph import render
+    from prunec.graph.render.text import describe_groups, describe_pinned, headline
 
     screen = Screen(quiet=quiet, json=json)
-    _, coupling = open_coupled(model, screen, trust_remote_code=trust_remote_code)
+    for path in (svg, dot, html):
+        if path:
+            render.check_folder(path)
     if svg:
+        render.check_target(svg)
+    _, coupling = open_coupled(model, screen, trust_remote_code=trust_remote_code)
+    if svg or dot:
         with screen.task("draw"):
-            write_picture(draw(coupling, level), svg)
-    figures = Figures(coupling).all()
-    _show_groups(screen, figures)
-    _show_pinned(screen, coupling, why=why)
-    screen.write_json(
-        {
-            "model": model,
-            "groups": [_entry(found) for found in figures],
-            "pinned": [vars(found) for found in coupling.pinned],
-        }
-    )
-
-
-def _entry(figures: GroupFigures) -> dict[str, Any]:
-    group = figures.group
-    return {
-        "name": group.name,
-        "kind": group.kind,
-        "units": group.size,
-        "parameters_per_unit": figures.parameters_per_unit,
-        "flops_per_unit": figures.flops_per_unit,
-        "minimum": group.minimum,
-        "companions": list(group.companions),
-        "block": group.block,
-        "members": [{"parameter": m.parameter, "axis": m.axis} for m in group.members],
-    }
-
-
-def _show_groups(screen: Screen, figures: list[GroupFigures]) -> None:
-    """One row for the same group in every layer."""
-    from prunec.graph.render.figures import fold_groups, span
-
-    rows = [
-        [
-            alike.pattern,
-            str(len(alike.figures)),
-            span(found.group.size for found in alike.figures),
-            span(found.parameters_per_unit for found in alike.figures),
-            _places(alike),
-        ]
-        for alike in fold_groups(figures)
-    ]
-    columns = ["group", "times", "units", "parameters a unit", "sits in"]
-    screen.table("Groups", columns, rows, words=(0, 4))
-
-
-def _places(alike: Alike) -> str:
-    """The parameter axes of the first of these groups, below the module that names it."""
-    from prunec.graph.render.figures import pattern
-
-    group = alike.first.group
-    module = group.name.rpartition("/")[0] + "."
-    names = (f"{pattern(m.parameter.removeprefix(module))}[{m.axis}]" for m in group.members)
-    return "\n".join(dict.fromkeys(names))
-
-
-def _show_pinned(screen: Screen, coupling: prunec.CouplingGraph, *, why: bool) -> None:
-    from prunec.graph.render.figures import fold_pinned, span
-
-    pinned = coupling.pinned
-    if not why and pinned:
-        screen.say(f"Pinned dims: {len(pinned)}. --why lists them with the reason.")
+            chosen = level or ("ops" if group else "groups")
+            picture = render.draw(coupling, chosen, block=block, group=group)
+            if dot:
+                render.write_whole(dot, picture.source.encode())
+            if svg:
+                render.write_picture(picture, svg)
+    if html:
+        with screen.task("write the page"):
+            render.write_page(coupling, html, title=model)
+    screen.say(headline(coupling))
+    for section in describe_groups(coupling):
+        _show(screen, section)
     if why:
-        rows = [
-            ["\n".join(row.places), str(row.times), span(row.sizes), row.reason, row.where]
-            for row in fold_pinned(pinned)
-        ]
-        screen.table("Pinned", ["dim", "times", "size", "reason", "where"], rows, words=(0, 3, 4))
+        _show(screen, describe_pinned(coupling))
+    elif coupling.pinned:
+        screen.say(f"Pinned dims: {len(coupling.pinned):,}. --why lists them with the reason.")
+    if json is not None:
+        screen.write_json({"model": model, **render.to_node_link(coupling)})
+
+
+def _show(screen: Screen, section: Section) -> None:
+    """A table whose first and last columns, and what else is no figure, are words."""
+    figures = {"times", "units", "size", "parameters a unit", "FLOPs a unit"}
+    words = [i for i, column in enumerate(section.columns) if column not in figures]
+    screen.table(section.title, section.columns, section.rows, words=words)

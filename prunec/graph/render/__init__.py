@@ -9,10 +9,29 @@ from typing import Literal, get_args
 from prunec.errors import ExportError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.render.blocks import draw_blocks
-from prunec.graph.render.engine import render, write_whole
+from prunec.graph.render.engine import check_folder, render, write_whole
 from prunec.graph.render.groups import draw_groups
+from prunec.graph.render.node_link import to_node_link
 from prunec.graph.render.ops import draw_ops
+from prunec.graph.render.page import build_page
 from prunec.graph.render.picture import Picture
+from prunec.graph.render.text import describe
+
+__all__ = [
+    "LEVELS",
+    "Level",
+    "Picture",
+    "build_page",
+    "check_folder",
+    "check_target",
+    "describe",
+    "draw",
+    "render",
+    "to_node_link",
+    "write_page",
+    "write_picture",
+    "write_whole",
+]
 
 Level = Literal["blocks", "groups", "ops"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -46,6 +65,14 @@ def draw(
     return draw_ops(coupling, group, values)
 
 
+def check_target(path: Path | str) -> None:
+    """Raises ExportError if `write_picture` would refuse this path."""
+    path = Path(path)
+    if path.suffix.lower() not in (".svg", ".png", ".dot", ".gv"):
+        raise ExportError(f"cannot draw into {path}", fix="name a file that ends in .svg or .png")
+    check_folder(path)
+
+
 def write_picture(picture: Picture, path: Path | str) -> None:
     """Render a picture into a file, whole or not at all.
 
@@ -56,11 +83,29 @@ def write_picture(picture: Picture, path: Path | str) -> None:
         ExportError: if the suffix is another, no graphviz is at hand, or the file cannot be
             written.
     """
+    check_target(path)
     path = Path(path)
     form = path.suffix.lower().removeprefix(".")
-    if form in ("dot", "gv"):
-        write_whole(path, picture.source.encode())
-    elif form in ("svg", "png"):
-        write_whole(path, render(picture.source, form, style=picture.style))
-    else:
-        raise ExportError(f"cannot draw a {form or 'file without suffix'}", fix="use .svg or .png")
+    source = form in ("dot", "gv")
+    content = picture.source.encode() if source else render(picture.source, form, picture.style)
+    write_whole(path, content)
+
+
+def write_page(
+    coupling: CouplingGraph,
+    path: Path | str,
+    *,
+    title: str = "prunec",
+    values: Mapping[str, float] | None = None,
+) -> None:
+    """Write the interactive page with every picture, whole or not at all.
+
+    Args:
+        title: what the model is called.
+        values: a figure per group name, to colour by.
+
+    Raises:
+        ExportError: if no graphviz is at hand, or the file cannot be written.
+    """
+    check_folder(Path(path))
+    write_whole(Path(path), build_page(coupling, title=title, values=values).encode())

@@ -126,7 +126,7 @@ class _Blocks:
         program = self.coupling.program
         total = sum(program.state[name].numel() for name in program.parameters)
         groups = len(self.coupling.groups)
-        return f"{short(total)} parameters, {groups} groups of weights that go together"
+        return f"{short(total, 'kMBT')} parameters, {groups} groups of weights that go together"
 
     def draw(self) -> Picture:
         self._items(self.folding.items, self.canvas.graph)
@@ -183,7 +183,9 @@ class _Blocks:
         tensors = list(dict.fromkeys(name for s in steps for name in s.tensors))
         count = self._parameters(tensors)
         title = text(self._title(steps), bold=True)
-        note = text(f"{short(count)} parameters" if count else "", size=9, colour=palette.MUTED)
+        note = text(
+            f"{short(count, 'kMBT')} parameters" if count else "", size=9, colour=palette.MUTED
+        )
         rows = [[cell(f"{title}  {note}" if count else title, align="left")]]
         chips = self._chips(tensors)
         if chips:

@@ -37,7 +37,7 @@ def find_engine() -> str:
     )
 
 
-def render(source: str, form: str = "svg", *, style: str = "") -> bytes:
+def render(source: str, form: str = "svg", style: str = "") -> bytes:
     """Lay out a DOT source and draw it.
 
     Args:
@@ -68,6 +68,12 @@ def _styled(svg: str, style: str) -> str:
     """The bare ``<svg>`` element, with a style sheet of its own."""
     svg = svg[svg.index("<svg") :]
     return re.sub(r"(<svg[^>]*>)", rf"\1\n<style>{style}</style>", svg, count=1) if style else svg
+
+
+def check_folder(path: Path) -> None:
+    """Raises ExportError where a file could not be written: fail before the work, not after."""
+    if not path.absolute().parent.is_dir():
+        raise ExportError(f"no such directory: {path.parent}", where=str(path))
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -143,18 +143,21 @@ def _line(where: str) -> str:
     return f"{match.group(1)}  {match.group(2)}".strip() if match else pattern(where)
 
 
-def short(count: float) -> str:
-    """A count in three digits: ``1.23 M``.
+def short(count: float, units: str = "kMGT") -> str:
+    """A count in three digits.
 
-    >>> short(1536), short(134_515_008)
-    ('1,536', '135 M')
+    Args:
+        units: one letter a power of 1000.
+
+    >>> short(1536), short(134_515_008), short(6_738_415_616, "kMBT")
+    ('1,536', '135 M', '6.74 B')
     """
     if count < 10_000:
         return f"{count:,.0f}"
     power = min(4, (len(str(round(count))) - 1) // 3)
     scaled = count / 1000**power
     digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-    return f"{scaled:.{digits}f} {'_kMGT'[power]}"
+    return f"{scaled:.{digits}f} {units[power - 1]}"
 
 
 def span(values: Iterable[int], brief: bool = False) -> str:

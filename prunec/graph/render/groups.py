@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
+from torch import fx
+
 from prunec.errors import ExportError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim
@@ -142,11 +144,8 @@ class _Groups:
         elif step.kind == "weights":
             self._weights(step)
         else:
-            words = "\n".join(step.operators[-3:])
-            rows = [
-                [cell(text(self._local(step.module) or "join", size=10, bold=True))],
-                [cell(text(words, size=9, colour=palette.MUTED))],
-            ]
+            rows = [[cell(text(self._local(step.module) or "join", size=10, bold=True))]]
+            rows += [[cell(text(op, size=9, colour=palette.MUTED))] for op in step.operators[-3:]]
             self.canvas.box(f"s{step.index}", rows, hint=self.canvas.describe(step.nodes[-1]))
 
     def _weights(self, step: Step, dashed: bool = False) -> None:
@@ -159,10 +158,11 @@ class _Groups:
         hint = source_line(step.nodes[-1]) if step.nodes else ""
         self.canvas.box(f"s{step.index}", rows, hint=hint, dashed=dashed)
 
-    def _terminal(self, name: str, words: str, value: object) -> None:
+    def _terminal(self, name: str, words: str, value: fx.Node) -> None:
         rows = [[cell(text(words, size=10, colour=palette.MUTED))]]
-        dims = self.coupling.layout.values[value][0].dims  # type: ignore[index]
-        for dim in dims[-1:]:
+        dims = self.coupling.layout.dims(value)
+        grouped = [d for d in dims if any(leaf in self.coupling.by_dim for leaf in d.leaves())]
+        for dim in grouped[:1] or dims[-1:]:
             rows[0] += self.canvas.key.axis(dim)[0]
         self.canvas.box(name, rows, dashed=True, column="stream")
 
@@ -179,6 +179,8 @@ def _axes(step: Step, key: Key) -> list[list[str]]:
     for tensor in sorted(step.tensors, key=lambda name: -len(layout.parameters[name])):
         dims = layout.parameters[tensor]
         for axis, dim in enumerate(dims):
+            if dim.size == 1 and len(dims) > 1:
+                continue
             place = f"[{axis}]" if len(dims) > 1 else ""
             names.setdefault(dim.root, []).append(_tensor_name(tensor, step.module) + place)
     rows: list[list[str]] = []

@@ -15,8 +15,8 @@ SMALL = 9
 
 
 def text(words: object, *, size: float = 11, colour: str = palette.INK, bold: bool = False) -> str:
-    """A run of text in a label."""
-    inner = escape(str(words), quote=True).replace("\n", "<BR/>")
+    """A run of text in a label; its lines are left-aligned where there are several."""
+    inner = escape(str(words), quote=True).replace("\n", '<BR ALIGN="LEFT"/>')
     if not inner:
         return ""  # an empty FONT is a syntax error to graphviz
     inner = f"<B>{inner}</B>" if bold else inner
@@ -79,7 +79,7 @@ class Key:
             seen[place] += number or group.block is None
             self._variant[group.name] = variant
             several = number and alone[group.kind] > 1
-            self._suffix[group.name] = f" {variant + 1}" if several else ""
+            self._suffix[group.name] = f"#{variant + 1}" if several else ""
 
     def paint(self, group: Group) -> palette.Paint:
         if self.values:

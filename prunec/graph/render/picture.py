@@ -74,7 +74,7 @@ class Canvas:
             border=1,
             color=palette.FRAME,
             bgcolor=palette.PANEL,
-            cellpadding=3,
+            cellpadding=2,
             cellspacing=1,
             **style,
         )
