@@ -106,7 +106,7 @@ class _Reduction:
         return value, torch.ones_like(value, dtype=torch.bool) if mask is None else mask
 
     def filled(self, fill: float, but: Any = None) -> Any:
-        """The call as it is, ``fill`` standing for every removed element of operands not ``but``."""
+        """The call as it is, ``fill`` for every removed element of its operands ``but`` one."""
 
         def value_of(node: fx.Node) -> Any:
             value, mask = self.interpreter.env[node], self.interpreter.mask(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from prunec.errors import DimError, MissingRule
 from prunec.graph.dims import Dim
 from prunec.graph.program import Program, source_line
 from prunec.graph.rules import RULES, Call, Rule, Rules, Value
-from prunec.graph.rules.registry import Result, result_tensors
+from prunec.graph.rules.registry import Result, known_size, result_tensors
 
 
 @dataclass
@@ -127,10 +127,19 @@ def _results(call: Call, rule: Rule) -> list[Value]:
     elif rule.usage == "compute":
         for node in call.operands:
             call.use_as_number(call.domain(node))
+    _pin_unknown_sizes(call, values)
     sizes = [[dim.size for dim in value.dims] for value in values]
     if sizes != call.shapes:
         raise DimError(f"the rule of {call.name} says {sizes} for results of {call.shapes}")
     return values
+
+
+def _pin_unknown_sizes(call: Call, values: Sequence[Value]) -> None:
+    for value, tensor in zip(values, result_tensors(call.node), strict=False):
+        sizes: Iterable[object] = tensor.shape
+        for dim, size in zip(value.dims, sizes, strict=False):
+            if not isinstance(size, int):
+                dim.pin("its size depends on the data", call.node.name)
 
 
 def _as_values(result: Result) -> list[Value]:
@@ -163,7 +172,7 @@ def _barrier(layout: Layout, node: fx.Node, reason: str) -> None:
     results = []
     for position, tensor in enumerate(result_tensors(node)):
         label = f"{node.name}.{position}"
-        dims = tuple(Dim(int(size), f"{label}[{i}]") for i, size in enumerate(tensor.shape))
+        dims = tuple(Dim(known_size(size), f"{label}[{i}]") for i, size in enumerate(tensor.shape))
         _pin_all(dims, reason, node.name)
         results.append(Value(dims))
     layout.values[node] = results

@@ -8,15 +8,15 @@ wrong slice is often too small to be seen.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prunec.errors import VerifyError
 from prunec.graph.coupling import CouplingGraph, Group, Member
 from prunec.graph.dims import Dim
 from prunec.graph.masked import run_masked
@@ -72,7 +72,7 @@ def check_groups(coupling: CouplingGraph, *, tolerance: float = 1e-9) -> Iterato
         if group.companions:
             ragged = choose([group], ragged=True, by_name=coupling)
             yield check_selection(coupling, ragged, group.name, "ragged", dense, tolerance)
-        if not numbered(group.dim):
+        if not ordered(group.dim):
             yield check_permutation(coupling, group, dense)
     if coupling.groups:
         for way in ("uniform", "ragged"):
@@ -80,9 +80,12 @@ def check_groups(coupling: CouplingGraph, *, tolerance: float = 1e-9) -> Iterato
             yield check_selection(coupling, everything, "all groups", way, dense, tolerance)
 
 
-def numbered(dim: Dim) -> bool:
-    """Whether positions of this leaf are also numbers: no order but its own is right."""
-    return dim.has("numbered") or dim.has("tabled")
+def ordered(dim: Dim) -> bool:
+    """Whether units of this leaf are numbered, or summed up one after the other.
+
+    No order but their own is right: they can be removed, but not permuted.
+    """
+    return any(dim.has(kind) for kind in ("numbered", "tabled", "scanned"))
 
 
 def check_selection(
@@ -289,9 +292,9 @@ def _redrawn(value: Tensor, kernel: bool, generator: torch.Generator) -> Tensor:
 
 def _unit_gain(value: Tensor, kernel: bool) -> float:
     if kernel:
-        return float(max(1, value[0].numel())) ** -0.5
+        return math.sqrt(1 / max(1, value[0].numel()))
     rows, columns = value.shape[-2:]
-    return float(rows * columns) ** -0.25
+    return math.sqrt(1 / math.sqrt(rows * columns))
 
 
 def _kernel_names(program: Program) -> set[str]:
@@ -300,14 +303,3 @@ def _kernel_names(program: Program) -> set[str]:
         if "conv" in getattr(getattr(node.target, "_schema", None), "name", ""):
             names |= {program.bindings.get(source.name, "") for source in node.all_input_nodes}
     return names
-
-
-def state_is_finite(state: Mapping[str, Tensor]) -> bool:
-    """Whether no tensor of a program holds NaN or Inf."""
-    return all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
-
-
-def require_reference(difference: float, tolerance: float, subject: str) -> None:
-    """Raises VerifyError where a difference is above the tolerance (or NaN)."""
-    if not difference <= tolerance:
-        raise VerifyError(f"{subject}: sliced differs from masked by {difference:.2g} (relative)")

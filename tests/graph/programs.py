@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,8 @@ def describe(coupling: CouplingGraph) -> str:
         notes = [f"minimum {group.minimum}"] if group.minimum > 1 else []
         notes += [f"companions {', '.join(group.companions)}"] if group.companions else []
         notes += ["normalised"] if group.normalised else []
-        lines.append(f"{group.name} {group.size}: {places}" + "".join(f"; {n}" for n in notes))
+        line = f"{group.name} {group.size}: {places}" + "".join(f"; {n}" for n in notes)
+        lines += textwrap.wrap(line, 96, subsequent_indent="    ", break_on_hyphens=False)
     for pin in coupling.pinned:
         lines.append(f"pinned {pin.parameter}[{pin.axis}] {pin.size}: {pin.reason}")
     return "\n".join(lines) + "\n"

@@ -492,7 +492,8 @@ def test_batch_norm() -> None:
     assert_expected_inline(
         checked(module.double(), IMAGE),
         """\
-conv_channel 10: 0.weight[0] 0.bias[0] 1.weight[0] 1.bias[0] 3.weight[1] 1.running_mean[0] 1.running_var[0]
+conv_channel 10: 0.weight[0] 0.bias[0] 1.weight[0] 1.bias[0] 3.weight[1] 1.running_mean[0]
+    1.running_var[0]
 pinned 0.weight[1] 3: an axis of the input
 pinned 0.weight[2] 3: a kernel position
 pinned 0.weight[3] 3: a kernel position
@@ -522,7 +523,8 @@ def test_weight_norm() -> None:
     assert_expected_inline(
         checked(nn.Sequential(layer, nn.Tanh(), nn.Linear(10, 4)).double(), X),
         """\
-ffn_channel 10: 0.bias[0] 0.parametrizations.weight.original0[0] 0.parametrizations.weight.original1[0] 2.weight[1]
+ffn_channel 10: 0.bias[0] 0.parametrizations.weight.original0[0]
+    0.parametrizations.weight.original1[0] 2.weight[1]
 pinned 0.parametrizations.weight.original1[1] 6: an axis of the input
 pinned 2.weight[0] 4: an axis of the output
 pinned 2.bias[0] 4: an axis of the output
@@ -632,6 +634,37 @@ pinned router[0] 5: its indices are used as numbers
 pinned router[1] 6: an axis of the input
 pinned table[0] 3: addressed by position
 pinned table[1] 4: an axis of the output
+""",
+    )
+
+
+def test_a_route_that_is_looked_up_pins_what_it_leads_to() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        table = torch.tensor([[0, 2], [1, 3], [4, 0]])
+        chosen = table[x]
+        mask = F.one_hot(chosen, 5).to(p.up.dtype).sum(-2)
+        return torch.einsum("bse,eo->bso", mask, p.up)
+
+    assert_expected_inline(
+        checked(net(forward, up=(5, 4)), torch.randint(0, 3, (2, 5))),
+        """\
+pinned up[0] 5: addressed by position
+pinned up[1] 4: an axis of the output
+""",
+    )
+
+
+def test_sorted_units_are_pinned() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, p.up).sort(-1).values, p.down)
+
+    assert_expected_inline(
+        checked(net(forward, up=(10, 6), down=(4, 10)), X),
+        """\
+pinned up[0] 10: its order changes
+pinned up[1] 6: an axis of the input
+pinned down[0] 4: an axis of the output
+pinned down[1] 10: its order changes
 """,
     )
 
@@ -844,6 +877,27 @@ pinned out[0] 4: an axis of the output
     )
 
 
+def test_rows_that_differ_by_a_companion_that_itself_differs() -> None:
+    """Widths by query head, query heads by group: three nested choices."""
+
+    def forward(p: object, x: Tensor) -> Tensor:
+        y = F.linear(x, p.up).view(2, 5, 3, 4, 5)
+        y = y * p.outer[:, None, None] + y * p.middle[:, :, None] * p.inner
+        return F.linear(y.reshape(2, 5, 60), p.down)
+
+    module = net(forward, up=(60, 6), outer=(3,), middle=(3, 4), inner=(3, 4, 5), down=(4, 60))
+    assert_expected_inline(
+        checked(module, X),
+        """\
+ffn_channel 3: up[0] outer[0] middle[0] inner[0] down[1]
+ffn_channel#2 4: up[0] middle[1] inner[1] down[1]
+ffn_channel#3 5: up[0] inner[2] down[1]
+pinned up[1] 6: an axis of the input
+pinned down[0] 4: an axis of the output
+""",
+    )
+
+
 # what has no rule
 
 
@@ -865,6 +919,6 @@ pinned down[1] 10: no dim rule for aten.linalg_matrix_exp.default
 
 def test_strict_makes_a_missing_rule_an_error() -> None:
     module = net(lambda p, x: torch.linalg.matrix_exp(x[:, :5, :5]) @ p.w, w=(5, 4))
-    with pytest.raises(MissingRule, match="no dim rule for aten.linalg_matrix_exp") as caught:
+    with pytest.raises(MissingRule, match=r"no dim rule for aten\.linalg_matrix_exp") as caught:
         couple(trace(module, X), strict=True)
     assert caught.value.where

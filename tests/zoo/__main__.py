@@ -114,13 +114,13 @@ def _work(name: str, sources: str, file: Path) -> None:
         record["config"] = configs.digest(name)
         model = configs.build(name)
         inputs = configs.example(model)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what transformers cannot build is a finding
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         _write(file, {**record, "status": "unbuilt", "reason": reason})
         return
     try:
         record.update(examine(model, inputs))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - so is a crash
         lines = traceback.format_exc().strip().splitlines()
         record.update(status="crashed", reason=" | ".join(lines[-4:])[:400])
         record["failures"] = [{"subject": "examine", "way": "crash", "error": repr(error)[:200]}]

@@ -127,7 +127,7 @@ def _every_check(coupling: CouplingGraph, failures: list[Record]) -> Iterator[or
     """As oracle.check_groups, but one crash does not hide the rest."""
     program = coupling.program
     dense = program.run(None, **program.example)
-    plans = [("permuted", g.name, [g]) for g in coupling.groups if not oracle.numbered(g.dim)]
+    plans = [("permuted", g.name, [g]) for g in coupling.groups if not oracle.ordered(g.dim)]
     plans += [("uniform", g.name, [g]) for g in coupling.groups]
     plans += [("ragged", g.name, [g]) for g in coupling.groups if g.companions]
     if coupling.groups:

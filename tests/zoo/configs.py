@@ -2,8 +2,8 @@
 
 No table of architectures: every attribute of a configuration that is known to be a size gets a
 small one, attributes that list a kind per layer get each of their kinds once, and
-sub-configurations are treated alike. Sizes differ from each other, so that no axis is taken for another by its length.
-What this cannot build is patched in `OVERRIDES`, by type.
+sub-configurations are treated alike. Sizes differ from each other, so that no axis is taken for
+another by its length. What this cannot build is patched in `OVERRIDES`, by type.
 """
 
 from __future__ import annotations

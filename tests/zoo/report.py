@@ -57,7 +57,7 @@ def types_table(records: list[Record]) -> str:
         f"Wrong slices on purpose: {controls['caught']} of {controls['made']} caught; "
         f"{controls['inert']} more in weights that the output does not depend on.",
         "",
-        "| type | status | groups | kinds | exact | kept-count | vacuous | wrong slices caught | note |",
+        "| type | status | groups | kinds | exact | kept-count | vacuous | wrong caught | note |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_row(record) for record in records)]) + "\n"

@@ -50,7 +50,11 @@ def filled(call: Call) -> Result:
 
 @RULES.resizes(*(f"aten::{name}" for name in _FILLED + _FILLED_LIKE if name != "scalar_tensor"))
 def resize_filled(call: Call, selection: Selection) -> Resized:
-    return Resized({"size": [selection.size(dim) for dim in call.result.dims]})
+    sizes = [
+        selection.size(dim) if selection.touches(dim) else size
+        for dim, size in zip(call.result.dims, call.arg("size"), strict=True)
+    ]
+    return Resized({"size": sizes})
 
 
 @RULES.register(

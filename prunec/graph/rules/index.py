@@ -39,6 +39,7 @@ def sort(call: Call) -> Result:
     dims = call.dims("self")
     over = dims[call.axis()]
     call.note(over, "ranked")
+    call.pin(over, "its order changes")  # the result's positions are ranks, not units
     order = Value(dims, Domain(over))
     return order if call.name == "aten::argsort" else [Value(dims, call.domain("self")), order]
 
@@ -51,7 +52,14 @@ def count_indices(call: Call) -> Result:
         domain.dim.note("indexed", call.name, call.node.name)
         return (domain.dim,)
     call.use_as_number(domain)
-    return (call.fresh(size),)
+    return (_addressed(call, size),)
+
+
+def _addressed(call: Call, size: int) -> Dim:
+    """An axis whose positions are values of integers that nothing is known of."""
+    dim = call.fresh(size)
+    call.pin(dim, "addressed by position")
+    return dim
 
 
 @RULES.resizes("aten::histc")
@@ -75,7 +83,7 @@ def one_hot(call: Call) -> Result:
         domain.dim.note("indexed", call.name, call.node.name)
         return (*call.dims("self"), domain.dim)
     call.use_as_number(domain)
-    return (*call.dims("self"), call.fresh(size))
+    return (*call.dims("self"), _addressed(call, size))
 
 
 @RULES.resizes("aten::one_hot")

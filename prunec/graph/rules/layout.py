@@ -43,11 +43,13 @@ def regroup(call: Call, source: Dims, sizes: Sequence[int]) -> Dims:
             continue
         taken: list[Dim] = []
         while have != math.prod(run):
-            if have < math.prod(run):
+            if have < math.prod(run) and pending:
                 taken.append(pending.pop(0))
                 have *= taken[-1].size
-            else:
+            elif wanted:
                 run.append(wanted.pop(0))
+            else:
+                raise DimError(f"axes of {[dim.size for dim in source]} read as {list(sizes)}")
         result += _read_as(call, product_of(taken), run)
     return tuple(result)
 
@@ -76,7 +78,11 @@ def resize_view(call: Call, selection: Selection) -> Resized:
 def resize_unflatten(call: Call, selection: Selection) -> Resized:
     axis, count = call.axis("dim"), len(call.arg("sizes"))
     dims = call.result.dims[axis : axis + count]
-    return Resized({"sizes": [selection.size(dim) for dim in dims]})
+    sizes = [
+        selection.size(dim) if selection.touches(dim) and size != -1 else size
+        for dim, size in zip(dims, call.arg("sizes"), strict=True)
+    ]
+    return Resized({"sizes": sizes})
 
 
 def _size_argument(call: Call) -> str:
@@ -88,7 +94,7 @@ def _new_sizes(call: Call, selection: Selection) -> list[Any]:
     given = call.arg(_size_argument(call))
     offset = len(call.result.dims) - len(given)
     return [
-        selection.size(dim) if isinstance(size, int) and size != -1 else size
+        selection.size(dim) if selection.touches(dim) and size != -1 else size
         for size, dim in zip(given, call.result.dims[offset:], strict=True)
     ]
 
@@ -178,9 +184,14 @@ def resize_repeat(call: Call, selection: Selection) -> Resized:
     results = call.result.dims
     lead = len(results) - len(source)
     name = "repeats" if "repeats" in call.arguments else "dims"
-    times = [selection.size(dim) for dim in results[:lead]]
-    for dim, new in zip(source, results[lead:], strict=True):
-        times.append(selection.size(new) // max(1, selection.size(dim)))
+    given = [1] * (len(results) - len(call.arg(name))) + list(call.arg(name))
+    times = [
+        selection.size(dim) if selection.touches(dim) else size
+        for dim, size in zip(results[:lead], given, strict=False)
+    ]
+    for dim, new, size in zip(source, results[lead:], given[lead:], strict=True):
+        changed = selection.touches(new)
+        times.append(selection.size(new) // max(1, selection.size(dim)) if changed else size)
     return Resized({name: times})
 
 
@@ -251,6 +262,8 @@ def split(call: Call) -> Result:
 def resize_split(call: Call, selection: Selection) -> Resized:
     """Pieces may come out unequal, so every split becomes a split with sizes."""
     axis = call.axis()
+    if not selection.touches(call.dims("self")[axis]):
+        return Resized()
     sizes = [selection.size(value.dims[axis]) for value in call.results]
     arguments = {"self": call.arg("self"), "split_sizes": sizes, "dim": axis}
     return Resized(arguments, target=torch.ops.aten.split_with_sizes.default)

@@ -93,8 +93,12 @@ def softmax(call: Call) -> Result:
     "aten::cumsum", "aten::cumprod", "aten::logcumsumexp", "aten::cummax", "aten::cummin"
 )
 def scan(call: Call) -> Result:
+    """Removed units add nothing. Counts by expert are scanned too: there the order is free."""
     dims = call.dims("self")
-    call.note(dims[call.axis()], "normalised")
+    over = dims[call.axis()]
+    call.note(over, "normalised")
+    if not over.has("indexed"):
+        call.note(over, "scanned")
     return [Value(dims) for _ in call.shapes]
 
 

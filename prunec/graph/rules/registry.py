@@ -10,8 +10,10 @@ An operator without a rule is never guessed: everything it touches is pinned, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from typing import Any, Literal
 
 import torch
@@ -128,7 +130,7 @@ class Call:
     @property
     def shapes(self) -> list[list[int]]:
         """The shapes of the results."""
-        return [list(map(int, v.shape)) for v in result_tensors(self.node)]
+        return [list(map(known_size, v.shape)) for v in result_tensors(self.node)]
 
     @property
     def shape(self) -> list[int]:
@@ -215,6 +217,25 @@ def bind_arguments(node: fx.Node) -> dict[str, Any]:
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
+
+
+def known_size(size: int | torch.SymInt) -> int:
+    """A size as an integer. One that depends on the data gets a prime that nothing else has.
+
+    The same symbol gets the same prime everywhere, so that expressions of it stay consistent.
+    """
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    primes = {symbol: _prime(symbol.name) for symbol in expression.free_symbols}
+    return int(expression.subs(primes))
+
+
+def _prime(symbol: str) -> int:
+    """A prime above 1000 for an unbacked symbol such as u12."""
+    number = int("0" + "".join(filter(str.isdigit, symbol)))
+    primes = (n for n in count(1001, 2) if all(n % k for k in range(3, math.isqrt(n) + 1, 2)))
+    return next(islice(primes, number, None))
 
 
 def result_tensors(node: fx.Node) -> list[Tensor]:
