@@ -23,8 +23,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        q, k, v = (part.view(batch, length, HEADS, -1) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         return self.out(mixed.transpose(1, 2).reshape(batch, length, HEADS * WIDTH))
 
 

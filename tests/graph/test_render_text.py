@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from expecttest import assert_expected_inline
 from pictured import three_layers
 
@@ -12,9 +14,9 @@ from prunec.graph.render.figures import fold_pinned, pattern
 
 def test_the_analysis_reads_as_a_page() -> None:
     assert_expected_inline(
-        describe(three_layers(), why=True),
+        describe(three_layers()),
         """\
-3,360 parameters, 10 groups, pinned axes: 8; FLOPs are of one pass over tokens [2, 5]
+3,360 parameters, 13 groups, pinned axes: 2; FLOPs are of one pass over tokens [2, 5]
 
 Across blocks, or outside any
   group               times  units  parameters a unit  FLOPs a unit  sits in
@@ -31,25 +33,26 @@ Across blocks, or outside any
                                                                      and 1 more
 
 layers.* (3 blocks)
-  group                        times   units  parameters a unit  FLOPs a unit  sits in
-  layers.*.attention/head          3       3                204         4,640  qkv.weight[0]
-                                                                               qkv.bias[0]
-                                                                               out.weight[1]
-  layers.*.attention/head_dim      3       4                153         3,480  qkv.weight[0]
-    chosen within every head                                                   qkv.bias[0]
-                                                                               out.weight[1]
-  layers.*.mlp/ffn_channel         3  7 to 9                 36           720  gate.weight[0]
-                                                                               up.weight[0]
-                                                                               down.weight[1]
-
-Pinned axes: 8
-  reason                  times  size  source line                                                                           sits in
-  addressed by position       1    23  sparse.py:189  return F.embedding(                                                    embed.weight[0]
-  one position is picked      6     3  pictured.py:27  mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])  layers.*.attention.qkv.weight[0]
-                                                                                                                             layers.*.attention.qkv.bias[0]
-  an axis of the output       1    23                                                                                        head.weight[0]
+  group                          times   units  parameters a unit  FLOPs a unit  sits in
+  layers.*.attention/head            3       3                204         4,640  qkv.weight[0]
+                                                                                 qkv.bias[0]
+                                                                                 out.weight[1]
+  layers.*.attention.qkv/qk_dim      3       4                 78         1,740  weight[0]
+    chosen within every head                                                     bias[0]
+  layers.*.attention/value_dim       3       4                 75         1,740  qkv.weight[0]
+    chosen within every head                                                     qkv.bias[0]
+                                                                                 out.weight[1]
+  layers.*.mlp/ffn_channel           3  7 to 9                 36           720  gate.weight[0]
+                                                                                 up.weight[0]
+                                                                                 down.weight[1]
 """,
     )
+
+
+def test_why_adds_what_is_pinned_with_its_reason() -> None:
+    _, pinned = describe(three_layers(), why=True).split("Pinned axes: 2\n")
+    assert re.search(r"addressed by position +1 +23 .*\.py:\d+ .*embed\.weight\[0\]", pinned)
+    assert re.search(r"an axis of the output +1 +23 +head\.weight\[0\]", pinned)
 
 
 def test_thousands_of_equal_pins_are_one_row() -> None:

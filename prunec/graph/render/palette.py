@@ -65,7 +65,7 @@ class Paint:
 def paint(kind: str, variant: int = 0) -> Paint:
     """The colours of a kind; several groups of one kind in a picture get tints of it."""
     hue, light, strength = _hls(FILLS.get(kind, OTHER))
-    light = min(0.9, max(0.45, light + (0.0, 0.14, -0.12, 0.2, -0.2)[variant % 5]))
+    light = min(0.9, max(0.45, light + (0.0, 0.13, -0.07, 0.2, 0.06)[variant % 5]))
     return Paint(_hex(hue, light, strength), ON_FILL, _hex(hue, light * 0.72, strength * 0.85))
 
 
