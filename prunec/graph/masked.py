@@ -65,10 +65,10 @@ class _Masked(fx.Interpreter):
         self._masks: dict[fx.Node, Tensor | None] = {}
 
     def mask(self, node: fx.Node) -> Tensor | None:
-        """Bool, of the value's shape: True where an element takes part. None: everywhere."""
+        """Bool, broadcast to the value: True where an element takes part. None: everywhere."""
         if node not in self._masks:
             values = self._layout.values.get(node)
-            self._masks[node] = self._selection.joint_mask(values[0].dims) if values else None
+            self._masks[node] = self._selection.thin_mask(values[0].dims) if values else None
         return self._masks[node]
 
     def run_node(self, n: fx.Node) -> Any:
@@ -103,7 +103,8 @@ class _Reduction:
         node = bind_arguments(self.node)[name]
         value = self.interpreter.env[node]
         mask = self.interpreter.mask(node)
-        return value, torch.ones_like(value, dtype=torch.bool) if mask is None else mask
+        mask = value.new_ones((), dtype=torch.bool) if mask is None else mask
+        return value, mask.expand_as(value)
 
     def filled(self, fill: float, but: Any = None) -> Any:
         """The call as it is, ``fill`` for every removed element of its operands ``but`` one."""

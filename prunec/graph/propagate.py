@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from prunec.errors import DimError, MissingRule
 from prunec.graph.dims import Dim
 from prunec.graph.program import Program, source_line
-from prunec.graph.rules import RULES, Call, Rule, Rules, Value
+from prunec.graph.rules import Call, Rule, Rules, Value, installed_rules
 from prunec.graph.rules.registry import Result, known_size, result_tensors
 
 
@@ -43,7 +43,7 @@ class Layout:
         return Call(node, self.values, self.data)
 
 
-def propagate(program: Program, *, rules: Rules = RULES, strict: bool = False) -> Layout:
+def propagate(program: Program, *, rules: Rules | None = None, strict: bool = False) -> Layout:
     """Walk the graph once and relate all axes.
 
     Args:
@@ -53,6 +53,7 @@ def propagate(program: Program, *, rules: Rules = RULES, strict: bool = False) -
         MissingRule: with ``strict``, naming the operator and the source line.
     """
     layout = Layout()
+    rules = installed_rules() if rules is None else rules
     for node in program.graph.nodes:
         if node.op == "placeholder":
             _placeholder(layout, program, node)

@@ -35,10 +35,12 @@ def resized_call(node: fx.Node, layout: Layout, selection: Selection) -> Resized
     """The call that computes what is left of ``node`` once its operands are sliced."""
     target: Any = node.target
     plain = ResizedCall(node, target, node.args, node.kwargs)
-    if not isinstance(target, torch._ops.OpOverload) or not _touched(node, layout, selection):
+    if not isinstance(target, torch._ops.OpOverload) or not selection:
         return plain
     rule = RULES.find(target)
     if rule is None or rule.resize is None:
+        return plain
+    if not rule.strides and not _touched(node, layout, selection):
         return plain
     resized = rule.resize(layout.call(node), selection)
     if resized.target is not None:
@@ -54,8 +56,6 @@ def resized_call(node: fx.Node, layout: Layout, selection: Selection) -> Resized
 
 
 def _touched(node: fx.Node, layout: Layout, selection: Selection) -> bool:
-    if not selection:
-        return False
     nodes = [n for n in (node, *node.all_input_nodes) if n in layout.values]
     return any(
         selection.touches(dim) for n in nodes for value in layout.values[n] for dim in value.dims

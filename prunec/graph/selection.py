@@ -129,16 +129,24 @@ class Selection:
 
     def joint_mask(self, dims: Sequence[Dim]) -> Tensor | None:
         """Bool, of the tensor's full shape, True where an element stays; None where all do."""
+        mask = self.thin_mask(dims)
+        return None if mask is None else mask.expand([dim.size for dim in dims])
+
+    def thin_mask(self, dims: Sequence[Dim]) -> Tensor | None:
+        """As `joint_mask`, axes that lose nothing left at size 1, to be broadcast."""
         if not any(self.touches(dim) for dim in dims):
             return None
-        shape = [dim.size for dim in dims]
         if any(self._spreads(dim) for dim in dims):
-            return torch.from_numpy(self._mask(product_of_axes(dims))).reshape(shape)
-        joint = torch.ones(shape, dtype=torch.bool)
+            leaves = {leaf for dim in dims for leaf in dim.leaves() if leaf in self._keeps}
+            needed = {c.root for leaf in leaves for c in self._keeps[leaf].companions} | leaves
+            thin = [dim if needed & set(dim.leaves()) else Dim(1) for dim in dims]
+            joint = torch.from_numpy(self._mask(product_of_axes(thin)))
+            return joint.reshape([dim.size for dim in thin])
+        joint = torch.ones([1] * len(dims), dtype=torch.bool)
         for axis, dim in enumerate(dims):
             mask = self.mask(dim)
             if mask is not None:
-                joint &= torch.from_numpy(mask).view(-1, *[1] * (len(dims) - axis - 1))
+                joint = joint & torch.from_numpy(mask).view(-1, *[1] * (len(dims) - axis - 1))
         return joint
 
     def _leaf_count(self, leaf: Dim, keep: Keep) -> int:

@@ -435,6 +435,26 @@ pinned down[0] 4: an axis of the output
     )
 
 
+def test_complex_pairs_of_a_tensor_that_became_narrower() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        rest, pairs = F.linear(x, p.up).split([6, 4], -1)
+        turned = torch.view_as_complex(pairs.unflatten(-1, (2, 2))) * torch.polar(p.one, p.angle)
+        return F.linear(torch.cat([rest, torch.view_as_real(turned).flatten(-2)], -1), p.down)
+
+    module = net(forward, up=(10, 6), one=(2,), angle=(2,), down=(4, 10))
+    assert_expected_inline(
+        checked(module, X),
+        """\
+ffn_channel 6: up[0] down[1]
+ffn_channel#2 2: up[0] one[0] angle[0] down[1]
+pinned up[0] 2: real and imaginary part
+pinned up[1] 6: an axis of the input
+pinned down[0] 4: an axis of the output
+pinned down[1] 2: real and imaginary part
+""",
+    )
+
+
 # norms and reductions
 
 

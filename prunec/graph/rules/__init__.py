@@ -1,7 +1,10 @@
 """Dim rules: how each operator ties axes. One file a family; see `registry` for what a rule is."""
 
+from functools import cache
+
 from prunec.graph.rules import contract, create, index, layout, norm, pointwise, spatial
 from prunec.graph.rules.registry import RULES, Call, Domain, Resized, Rule, Rules, Value
+from prunec.registry import names, plugin
 
 __all__ = [
     "RULES",
@@ -14,8 +17,21 @@ __all__ = [
     "contract",
     "create",
     "index",
+    "installed_rules",
     "layout",
     "norm",
     "pointwise",
     "spatial",
 ]
+
+
+@cache
+def installed_rules() -> Rules:
+    """The rules of prunec and of the installed plug-ins.
+
+    An entry point in the group ``prunec.op_rules`` is a function that is given the table and adds
+    to it.
+    """
+    for name in names("op_rules"):
+        plugin("op_rules", name)(RULES)
+    return RULES

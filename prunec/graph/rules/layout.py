@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunec.errors import DimError
 from prunec.graph.dims import Dim, as_product, as_sum, product_of, sum_of
@@ -65,9 +66,13 @@ def _read_as(call: Call, whole: Dim, sizes: Sequence[int]) -> list[Dim]:
         return fresh
 
 
-@RULES.resizes("aten::view", "aten::reshape", "aten::_unsafe_view")
+@RULES.resizes("aten::view", strides=True)
+@RULES.resizes("aten::reshape", "aten::_unsafe_view")
 def resize_view(call: Call, selection: Selection) -> Resized:
-    """As a reshape: strides that allowed a view may not survive slicing. View by type keeps."""
+    """As a reshape: strides that allowed a view may not survive, even where no axis changes.
+
+    An attention kernel, for one, lays its result out by the width of its operands.
+    """
     if "dtype" in call.arguments:
         return Resized()
     arguments = {"self": call.arg("self"), "shape": _new_sizes(call, selection)}
@@ -387,6 +392,17 @@ def reinterpret(call: Call) -> Result:
     for axis in cut:
         call.pin(dims[axis], "cut into windows")
     return _same_or_pinned(call, dims)
+
+
+@RULES.resizes("aten::view_as_complex", strides=True)
+def resize_view_as_complex(call: Call, selection: Selection) -> Resized:
+    """Pairs cut out of a narrower tensor may no longer start at even strides."""
+    return Resized({"self": call.arg("self")}, target=pairs_as_complex)
+
+
+def pairs_as_complex(self: Tensor) -> Tensor:
+    """view_as_complex of a tensor of any strides."""
+    return torch.view_as_complex(self.contiguous())
 
 
 def _same_or_pinned(call: Call, dims: Dims) -> Dims:

@@ -59,7 +59,7 @@ class Resized:
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    target: torch._ops.OpOverload | None = None
+    target: Callable[..., Any] | None = None
     select: bool = False
 
 
@@ -72,11 +72,14 @@ class Rule:
         resize: the literal arguments after slicing; None where the operator has none.
         usage: what becomes of integer operands: "compute" uses them as numbers, "move" only moves
             them, "index" knows what they index.
+        strides: the call depends on its operand's strides, so that ``resize`` is asked even where
+            none of its axes changes.
     """
 
     propagate: Callable[[Call], Result]
     resize: Callable[[Call, Selection], Resized] | None = None
     usage: Usage = "compute"
+    strides: bool = False
 
 
 class Call:
@@ -275,7 +278,7 @@ class Rules:
         return add
 
     def resizes(
-        self, *operators: str
+        self, *operators: str, strides: bool = False
     ) -> Callable[[Callable[[Call, Selection], Resized]], Callable[[Call, Selection], Resized]]:
         """Decorator: this function gives the literal arguments of these operators after slicing."""
 
@@ -283,7 +286,8 @@ class Rules:
             resize: Callable[[Call, Selection], Resized],
         ) -> Callable[[Call, Selection], Resized]:
             for operator in operators:
-                self._table[operator] = replace(self._table[operator], resize=resize)
+                rule = self._table[operator]
+                self._table[operator] = replace(rule, resize=resize, strides=strides)
             return resize
 
         return add
