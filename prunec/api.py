@@ -28,7 +28,7 @@ from prunec.passes.budget import block_budget, block_parameters
 from prunec.passes.plan import Plan
 from prunec.passes.prune import SiteReport, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
-from prunec.passes.sites import Skipped, find_sites
+from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import Weights, bound_module, slice_program, slice_state, sliced_parameters
 from prunec.passes.verify import verify_sliced
 
@@ -196,6 +196,43 @@ def prune(
         **_sizes(coupling, pruned.selection),
     )
     return _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run would be asked to do: the part of a report that needs no weights and no data.
+
+    Attributes:
+        block_parameters: of all repeated blocks, before.
+        target: parameters to remove.
+        wanted: per site, (parameters it holds, parameters it is asked for).
+        skipped: groups of the wanted kinds that have no site, and why.
+    """
+
+    block_parameters: int
+    target: int
+    wanted: Mapping[str, tuple[int, int]]
+    skipped: tuple[Skipped, ...]
+
+
+def outline(model: nn.Module, *, recipe: Recipe, ratio: float, example: Example) -> Outline:
+    """How a run would split its target over the sites; weights may be on meta.
+
+    Raises:
+        PlanError: the ratio cannot be reached.
+    """
+    coupling = couple(trace(model, example))
+    sites, skipped = find_sites(coupling, recipe.units)
+    budget = block_budget(coupling, sites, recipe.allocation.build("allocation"), ratio)
+    return Outline(
+        block_parameters=sum(block_parameters(coupling).values()),
+        target=budget.target,
+        wanted={
+            site.name: (parameter_count(coupling, names=site_parameters(site)), budget.share(site))
+            for site in sites
+        },
+        skipped=tuple(skipped),
+    )
 
 
 def apply_plan(

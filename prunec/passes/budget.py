@@ -31,6 +31,10 @@ class Budget:
         self.removed = 0
         self._carry = 0.0
 
+    def share(self, site: Site) -> int:
+        """Parameters that this site is to give, whatever the others do."""
+        return round(self._wants.get(site.name, 0.0))
+
     def want(self, site: Site) -> int:
         """Parameters that this site is asked for now: its share and what earlier ones left over."""
         self._carry += self._wants.get(site.name, 0.0)
