@@ -10,7 +10,6 @@ from torch import fx
 from prunec.errors import ExportError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim
-from prunec.graph.program import source_line
 from prunec.graph.render import palette
 from prunec.graph.render.flow import Flow, Step, find_flow, groups_in
 from prunec.graph.render.fold import Block, Folding, fold, is_sum
@@ -155,8 +154,12 @@ class _Groups:
         words = text(words, size=9, colour=palette.MUTED)
         rows = [[cell(f"{title}  {words}", align="left", colspan=2)]]
         rows += _axes(step, key)
-        hint = source_line(step.nodes[-1]) if step.nodes else ""
+        hint = "\n".join([*map(self._shape, step.tensors), *map(self.canvas.describe, step.nodes)])
         self.canvas.box(f"s{step.index}", rows, hint=hint, dashed=dashed)
+
+    def _shape(self, tensor: str) -> str:
+        sizes = " x ".join(str(dim.size) for dim in self.coupling.layout.parameters[tensor])
+        return f"{tensor}: {sizes}"
 
     def _terminal(self, name: str, words: str, value: fx.Node) -> None:
         rows = [[cell(text(words, size=10, colour=palette.MUTED))]]

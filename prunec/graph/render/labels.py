@@ -109,6 +109,7 @@ class Key:
         given = {
             "bgcolor": colours.fill,
             "id": f"{token}-{self._cells[token]}",
+            "href": f"#{token}",  # without a link, older graphviz drops id and tooltip of a cell
             "tooltip": hint or f"{group.name}: {group.size} units",
             **attributes,
         }
