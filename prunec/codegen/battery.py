@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,28 +48,48 @@ class Check:
 def checks(
     model: Any, example: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]] = SHAPES
 ) -> list[Check]:
-    """The battery for one model. Not all may apply to it: `shrink.usable` asks the reference."""
+    """The battery for one model. Not all may apply to it: `fit.usable` asks the reference.
+
+    Tokens: every shape; the largest also with the first row padded on the left, and both of these
+    through the cache. Each under every attention implementation.
+    """
     found = []
-    text = _text_names(example)
-    accepts = set(inspect.signature(model.forward).parameters)
     for attention in attention_choices(model):
-        under = f", {attention} attention" if attention else ""
         for batch, length in shapes:
             inputs = resized(model, example, batch, length)
-            size = f"{batch} x {length}" if text else f"batch {batch}"
-            found.append(Check(f"{size}{under}", inputs, attention))
-            if text and length > 2 and "attention_mask" in accepts:
-                mask = torch.ones(batch, length, dtype=torch.long)
-                mask[0, : length // 2] = 0
-                padded = {**inputs, "attention_mask": mask}
-                real = mask.bool() if _decoded(text) == "input_ids" else None
-                found.append(Check(f"{size}, left padding{under}", padded, attention, real=real))
-                if _caches(model, accepts):
-                    name = f"{size}, left padding, cached decoding{under}"
-                    found.append(Check(name, padded, attention, True, real))
-            if text and length > 2 and _caches(model, accepts):
-                found.append(Check(f"{size}, cached decoding{under}", inputs, attention, True))
+            size = f"{batch} x {length}" if _text_names(example) else f"batch {batch}"
+            found.append(Check(_named(size, attention), inputs, attention))
+        if _text_names(example) and length > 2:
+            found += _more_ways(model, found[-1], size)
     return found
+
+
+def _more_ways(model: Any, plain: Check, size: str) -> list[Check]:
+    """Left padding, and the last token from the cache of the others."""
+    accepts, found = set(inspect.signature(model.forward).parameters), []
+    if "attention_mask" in accepts:
+        name = _named(f"{size}, left padding", plain.attention)
+        found.append(_left_padded(replace(plain, name=name)))
+    if _caches(model, accepts):
+        decoding = {"": plain, ", left padding": found[0]} if found else {"": plain}
+        for way, check in decoding.items():
+            name = _named(f"{size}{way}, cached decoding", plain.attention)
+            found.append(replace(check, name=name, decode=True))
+    return found
+
+
+def _named(way: str, attention: str | None) -> str:
+    return f"{way}, {attention} attention" if attention else way
+
+
+def _left_padded(check: Check) -> Check:
+    """Half of the first row masked. An encoder's mask leaves all of the decoder's positions."""
+    decoded = _decoded(list(check.inputs))
+    batch, length = check.inputs[decoded].shape
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, : length // 2] = 0
+    real = mask.bool() if decoded == "input_ids" else None
+    return replace(check, inputs={**check.inputs, "attention_mask": mask}, real=real)
 
 
 def attention_choices(model: Any) -> list[str | None]:
@@ -78,9 +98,9 @@ def attention_choices(model: Any) -> list[str | None]:
     if current is None or not hasattr(model, "set_attn_implementation"):
         return [None]
     names: list[str | None] = [current]
-    for name in {"eager", "sdpa"} - {current}:
+    for name in ("eager", "sdpa"):
         supported = name == "eager" or getattr(model, "_supports_sdpa", False)
-        if supported and model._can_set_attn_implementation():
+        if name != current and supported and model._can_set_attn_implementation():
             names.append(name)
     return names
 
@@ -144,11 +164,15 @@ def outputs(model: nn.Module, check: Check) -> list[Tensor]:
 
 
 @torch.no_grad()
-def expected(model: nn.Module, check: Check) -> list[Tensor]:
-    """What `check` must give, from the reference: always all at once, never through a cache."""
+def whole_outputs(model: nn.Module, check: Check) -> list[Tensor]:
+    """All outputs for the inputs of a check, padding included: never through a cache."""
     with _attention(model, check.attention):
-        found = _at_once(model, check.inputs)
-    return _without_padding([found[0][:, -1:]] if check.decode else found, check)
+        return _at_once(model, check.inputs)
+
+
+def expected(whole: list[Tensor], check: Check) -> list[Tensor]:
+    """What `check` must give, from the reference's outputs for its inputs."""
+    return _without_padding([whole[0][:, -1:]] if check.decode else whole, check)
 
 
 def _without_padding(found: list[Tensor], check: Check) -> list[Tensor]:

@@ -60,7 +60,8 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        for path in (temporary, *temporary.rglob("*")):  # as if written by the user directly
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _deliver(temporary, directory)
     except BaseException as error:
         if temporary is not None:

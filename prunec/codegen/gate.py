@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunec.codegen import acceptance
-from prunec.codegen.battery import Check, checks, outputs, tolerance
+from prunec.codegen.battery import Check, checks, tolerance, whole_outputs
 from prunec.errors import VerifyError
 
 SHAPES = ((1, 1), (2, 9))
@@ -85,8 +85,7 @@ def _pad_token(model: Any) -> int:
 def _tensors(model: Any, battery: list[Check]) -> dict[str, Tensor]:
     found = {}
     for check in battery:
-        whole = Check(check.name, check.inputs, check.attention)
-        found[f"{check.name}.out"] = outputs(model, whole)[0].cpu().clone()
+        found[f"{check.name}.out"] = whole_outputs(model, check)[0].cpu().clone()
         found |= {f"{check.name}.in.{n}": t.clone() for n, t in check.inputs.items()}
     return found
 

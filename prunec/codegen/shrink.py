@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunec.codegen.battery import Check, attention_choices, checks
 from prunec.codegen.fields import ConfigFields, config_fields
-from prunec.codegen.fit import Attributes, Outcomes, Reference, first_failure, fit, usable
+from prunec.codegen.fit import Attributes, Outcomes, Reference, first_failure, fit, outcomes_of
 from prunec.codegen.generated import adopt, auto_classes
 from prunec.codegen.modeling_prunec import set_attributes
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
@@ -83,11 +83,11 @@ def shrink(
             for path, values in found.attributes.items():
                 set_attributes(small.get_submodule(path), values)
         with progress.task("compare the whole module with the masked one"):
-            proven = _prove(model, sliced, small, example, reference)
+            proven = _prove(model, sliced, small, example, reference, caches=found.caches)
         fields = config_fields(model, small, sliced, example)
         if auto_classes(small):
             adopt(small, found.attributes, fields)
-    passed = (*found.checks, *proven)
+    passed = (*(f"{check.name} (redrawn weights)" for check in found.checks), *proven)
     new = sliced.weights
     sizes = {
         name: (tuple(old.shape), tuple(new[name].shape))
@@ -117,6 +117,8 @@ def _prove(
     small: nn.Module,
     example: Mapping[str, Tensor],
     reference: Reference | None,
+    *,
+    caches: bool,
 ) -> tuple[str, ...]:
     """The whole module on its real weights; the checks that it passed."""
     if reference is not None:
@@ -124,7 +126,7 @@ def _prove(
         names = attention_choices(small)
         outcomes = [(Check(f"as traced, {n}", dict(example), n), wanted) for n in names]
     else:
-        outcomes = _twin_outcomes(model, sliced, example)
+        outcomes = _twin_outcomes(model, sliced, example, caches)
     reason = first_failure(small, outcomes) if outcomes else "no check applies to this class"
     if reason is not None:
         raise VerifyError(
@@ -135,10 +137,16 @@ def _prove(
     return tuple(f"{check.name} (whole model)" for check, _ in outcomes)
 
 
-def _twin_outcomes(model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]) -> Outcomes:
-    twin = LazyTwin(model, sliced).module
-    outcomes = usable(twin, checks(twin, example, PROOF_SHAPES))
+def _twin_outcomes(
+    model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor], caches: bool
+) -> Outcomes:
+    """Few runs, as the whole model's take long: the rest is known from the search."""
+    battery = checks(model, example, PROOF_SHAPES)
+    last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
+    first = battery[0].attention
+    chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]
+    outcomes = outcomes_of(LazyTwin(model, sliced).module, chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added)
-        outcomes = usable(twin, checks(twin, example, PROOF_SHAPES))
+        outcomes = outcomes_of(twin, chosen)
     return outcomes

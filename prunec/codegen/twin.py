@@ -72,13 +72,12 @@ def _add(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def scatter(tensor: Tensor, keep: Sequence[object], shape: Sequence[int]) -> Tensor:
     """`tensor` at the kept positions of zeros of `shape`. `keep`: indices or None for each axis."""
-    index = []
     for axis, (kept, size) in enumerate(zip(keep, shape, strict=True)):
-        row = torch.arange(size) if kept is None else torch.as_tensor(kept)
-        index.append(row.reshape([-1 if a == axis else 1 for a in range(len(shape))]))
-    full = tensor.new_zeros(tuple(shape))
-    full[tuple(i.to(tensor.device) for i in index)] = tensor
-    return full
+        if kept is not None:
+            index = torch.as_tensor(kept, device=tensor.device)
+            full = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+            tensor = full.index_copy_(axis, index, tensor)
+    return tensor
 
 
 def padded(model: nn.Module, sliced: Sliced, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
