@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,10 +53,11 @@ def propagate(program: Program, *, rules: Rules | None = None, strict: bool = Fa
         MissingRule: with ``strict``, naming the operator and the source line.
     """
     layout = Layout()
+    read = {program.bindings.get(node.name) for node in program.graph.nodes if node.users}
     rules = installed_rules() if rules is None else rules
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            _placeholder(layout, program, node)
+            _placeholder(layout, program, node, read)
         elif node.op == "output":
             _output(layout, node)
         elif node.op == "call_function":
@@ -66,7 +67,10 @@ def propagate(program: Program, *, rules: Rules | None = None, strict: bool = Fa
     return layout
 
 
-def _placeholder(layout: Layout, program: Program, node: fx.Node) -> None:
+def _placeholder(
+    layout: Layout, program: Program, node: fx.Node, read: Collection[str | None]
+) -> None:
+    """Axes of an input, or of a parameter; of one that nothing reads, nothing is known."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return
@@ -81,6 +85,8 @@ def _placeholder(layout: Layout, program: Program, node: fx.Node) -> None:
     else:
         dims = tuple(Dim(int(size), f"{name}[{i}]") for i, size in enumerate(value.shape))
         layout.parameters[name] = dims
+        if name not in read:
+            _pin_all(dims, "the traced forward does not read it", node.name)
     layout.values[node] = [Value(dims)]
 
 

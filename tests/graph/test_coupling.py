@@ -271,6 +271,22 @@ albert.encoder.albert_layer_groups.0.albert_layers.0/ffn_channel 40
     )
 
 
+def test_weights_that_the_forward_does_not_read_are_pinned() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
+            self.unused = nn.Linear(10, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).relu())
+
+    coupling = couple(trace(Network(), torch.randn(2, 6)))
+    assert [group.name for group in coupling.groups] == ["ffn_channel"]
+    unused = [pin for pin in coupling.pinned if pin.parameter.startswith("unused")]
+    assert {pin.reason for pin in unused} == {"the traced forward does not read it"}
+
+
 def test_blocks_are_the_outermost_indexed_modules() -> None:
     assert block_of("model.layers.3.mlp.experts.7.up") == "model.layers.3"
     assert block_of("model.embed_tokens.weight") is None

@@ -89,7 +89,7 @@ def _warm_up() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
-    parser.add_argument("--family", default="causal", help="causal, encoder, ... or all")
+    parser.add_argument("--family", default="causal", choices=[*configs.FAMILIES, "all"])
     parser.add_argument("--timeout", type=float, default=240, help="seconds a type")
     parser.add_argument("--failed", action="store_true", help="only those not exact so far")
     parser.add_argument("--force", action="store_true", help="examine again what is known")

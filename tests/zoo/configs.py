@@ -9,6 +9,7 @@ another by its length. What this cannot build is patched in `OVERRIDES`, by type
 from __future__ import annotations
 
 import hashlib
+from inspect import signature
 from typing import Any
 
 import torch
@@ -177,12 +178,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def causal_types() -> list[str]:
-    return list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# by family: the table of model classes in transformers. A name is "type", or "family/type".
+FAMILIES = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "encoder": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
 
 
-def all_types(family: str) -> list[str]:
-    return causal_types()
+def all_types(family: str = "causal") -> list[str]:
+    """The zoo's names of one family, or of all."""
+    if family == "all":
+        return [name for known in FAMILIES for name in all_types(known)]
+    types = getattr(modeling_auto, FAMILIES[family])
+    return [name if family == "causal" else f"{family}/{name}" for name in types]
 
 
 def digest(name: str) -> str:
@@ -191,28 +200,36 @@ def digest(name: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build(model_type: str) -> nn.Module:
-    """A tiny model of this type with seeded random weights, on the CPU."""
+def build(name: str) -> nn.Module:
+    """A tiny model of this name with seeded random weights, on the CPU."""
     torch.manual_seed(0)
-    model: nn.Module = _model_class(model_type)._from_config(tiny_config(model_type))
+    model: nn.Module = _model_class(name)._from_config(tiny_config(name))
     return model.eval().requires_grad_(False)
 
 
-def _model_class(model_type: str) -> Any:
-    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+def _model_class(name: str) -> Any:
+    family, _, model_type = name.rpartition("/")
+    names = getattr(modeling_auto, FAMILIES[family or "causal"])[model_type]
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
     """Inputs of tiny, unusual sizes."""
     generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, LENGTH)
-    return {"input_ids": torch.randint(5, VOCABULARY - 1, shape, generator=generator)}
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(5, VOCABULARY - 1, (BATCH, length), generator=generator)
+
+    config: Any = model.config
+    if config.is_encoder_decoder and "decoder_input_ids" in signature(model.forward).parameters:
+        return {"input_ids": tokens(LENGTH), "decoder_input_ids": tokens(LENGTH - 4)}
+    return {"input_ids": tokens(LENGTH)}
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The configuration of this type with every known size made small."""
-    kind = _model_class(model_type).config_class or CONFIG_MAPPING[model_type]
+def tiny_config(name: str) -> PreTrainedConfig:
+    """The configuration of this name with every known size made small."""
+    model_type = name.rpartition("/")[-1]
+    kind = _model_class(name).config_class or CONFIG_MAPPING[model_type]
     overrides = OVERRIDES.get(model_type, {})
     config = kind(**{**_tiny_arguments(kind(), overrides), **overrides})
     config.use_cache = False

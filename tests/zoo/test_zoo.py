@@ -58,6 +58,6 @@ def test_every_group_is_exact(model_type: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", sorted(set(configs.causal_types()) - set(UNTRACEABLE)))
+@pytest.mark.parametrize("model_type", sorted(set(configs.all_types()) - set(UNTRACEABLE)))
 def test_every_group_of_every_type_is_exact(model_type: str) -> None:
     assert_exact(model_type, controls=24)
