@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from expecttest import assert_expected_inline
 from pictured import Layer, coupled, three_layers
+from torch import Tensor, nn
 
+from prunec.graph.coupling import couple
 from prunec.graph.render.flow import find_flow
 from prunec.graph.render.fold import Block, fold, quotient
+from prunec.graph.trace import trace
 
 
 def blocks(layers: list[Layer], runs: int = 1) -> list[Block]:
@@ -80,3 +84,32 @@ def test_boxes_merge_unless_that_closes_a_cycle() -> None:
     inputs = {0: set[int](), 1: {0}, 2: {1}, 3: {2}, 4: {3}}
     names = {0: "a", 1: "a", 2: "b", 3: "a", 4: "b"}
     assert quotient(inputs, names.__getitem__) == {0: 0, 1: 0, 2: 2, 3: 3, 4: 4}
+
+
+class Recurrent(nn.Module):
+    """A recurrence unrolled by the trace: four times ``state = gate * state + value``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.out = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate(x).sigmoid(), self.value(x)
+        states = [value[:, 0]]
+        for step in range(1, 5):
+            states.append(gate[:, step] * states[-1] + value[:, step])
+        return x + self.out(torch.stack(states, dim=1))
+
+
+def test_an_unrolled_recurrence_is_one_join_and_no_residual_sum() -> None:
+    flow = find_flow(couple(trace(Recurrent(), torch.zeros(2, 5, 6))))
+    assert [(step.kind, step.module) for step in flow.steps] == [
+        ("input", ""),
+        ("weights", "gate"),
+        ("weights", "value"),
+        ("join", ""),
+        ("weights", "out"),
+        ("sum", ""),
+        ("output", ""),
+    ]

@@ -23,6 +23,8 @@ StepKind = Literal["input", "output", "table", "weights", "join", "sum"]
 CONTRACTIONS = frozenset(
     {"scaled_dot_product_attention", "matmul", "bmm", "mm", "baddbmm", "einsum", "_grouped_mm"}
 )
+# Operators that read the values of their first operand only.
+FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
 # Operators worth naming on an edge; the rest of what is folded there is arithmetic and layout.
 NAMED = frozenset(
     {
@@ -112,10 +114,11 @@ class _Builder:
         self.edges: dict[tuple[int, int], list[fx.Node]] = {}
         self.through: dict[fx.Node, tuple[str, ...]] = {}
         self._ancestors: list[int] = []  # bit masks of step indices
+        self._behind: list[int] = []  # those of them that lie behind a step with parameters
         self._source: dict[fx.Node, int] = {}  # the step that a value comes from
         self._read: dict[fx.Node, tuple[str, ...]] = {}  # tensors behind a value without data
         self._tables: dict[str, int] = {}
-        self._joins: dict[str, int] = {}  # the last join of a module
+        self._latest: dict[tuple[object, ...], int] = {}  # the last step that may take more calls
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -139,6 +142,8 @@ class _Builder:
 
     def _call(self, node: fx.Node) -> None:
         operands = node.all_input_nodes
+        if operator_name(node) in FIRST_ONLY and operands[0] in self.data:
+            operands = operands[:1]
         reads = dict.fromkeys(name for n in operands for name in self._read.get(n, ()))
         parameters = [name for name in reads if name in self.program.parameters]
         owners = {name.rpartition(".")[0] for name in parameters}
@@ -147,7 +152,8 @@ class _Builder:
         tables = [self._table(name) for name in buffers if name not in own]
         sources = dict.fromkeys([*(self._source[n] for n in operands if n in self.data), *tables])
         if parameters:
-            step = self._new("weights", _module(node, parameters), [node], (*parameters, *own))
+            module, tensors = _module(node, parameters), (*parameters, *own)
+            step = self._merged("weights", node, module, tensors, list(sources))
         elif len(sources) == 1 and not self._is_contraction(node):
             (self._source[node],) = sources
             self.through[node] = self._passed(node)
@@ -155,7 +161,7 @@ class _Builder:
         elif self._is_residual(node):
             step = self._new("sum", module_path(node), [node])
         else:
-            step = self._join(node, list(sources))
+            step = self._merged("join", node, module_path(node), (), list(sources))
         self._connect(step, [n for n in operands if n in self.data])
         for table in tables:
             self._edge(table, step, self.steps[table].nodes[0])
@@ -182,25 +188,39 @@ class _Builder:
         return tuple(dict.fromkeys([*before, *([name] if name in NAMED else [])]))
 
     def _is_residual(self, node: fx.Node) -> bool:
-        """Whether this adds a value to something computed from it by other steps."""
+        """Whether this adds a value to what parameters made of it.
+
+        A recurrence adds too, step after step, but has no parameters in between.
+        """
         operands = [self._source[n] for n in node.all_input_nodes if n in self.data]
         if operator_name(node) != "add" or len(operands) != 2:
             return False
         a, b = operands
-        return bool(self._ancestors[a] >> b & 1 or self._ancestors[b] >> a & 1)
+        return bool(self._behind[a] >> b & 1 or self._behind[b] >> a & 1)
 
-    def _join(self, node: fx.Node, sources: Sequence[int]) -> Step:
-        """Joins of one module are one step, as long as none of its results comes back to it."""
-        module = module_path(node)
-        last = self._joins.get(module)
+    def _merged(
+        self,
+        kind: StepKind,
+        node: fx.Node,
+        module: str,
+        tensors: tuple[str, ...],
+        sources: Sequence[int],
+    ) -> Step:
+        """Joins of one module are one step, and so are equal calls that read equal parameters.
+
+        Unless a result comes back: a module that is run once more has steps of its own.
+        """
+        key = (kind, module, tensors, operator_name(node) if tensors else "")
+        last = self._latest.get(key)
         if last is not None and not any(
             self._ancestors[source] >> last & 1 for source in sources if source != last
         ):
             step = self.steps[last]
-            step.nodes.append(node)
-            return step
-        step = self._new("join", module, [node])
-        self._joins[module] = step.index
+            if not tensors or last not in sources:
+                step.nodes.append(node)
+                return step
+        step = self._new(kind, module, [node], tensors)
+        self._latest[key] = step.index
         return step
 
     def _new(
@@ -209,6 +229,7 @@ class _Builder:
         step = Step(len(self.steps), kind, module, nodes, tensors)
         self.steps.append(step)
         self._ancestors.append(0)
+        self._behind.append(0)
         return step
 
     def _connect(self, step: Step, operands: Iterable[fx.Node]) -> None:
@@ -220,11 +241,14 @@ class _Builder:
         if source == step.index:
             return
         self.edges.setdefault((source, step.index), []).append(value)
-        added = self._ancestors[source] | 1 << source
-        self._ancestors[step.index] |= added
+        self._ancestors[step.index] |= self._ancestors[source] | 1 << source
+        self._behind[step.index] |= (
+            self._ancestors[step.index] if step.kind == "weights" else self._behind[source]
+        )
         for later in range(step.index + 1, len(self.steps)):
             if self._ancestors[later] >> step.index & 1:
-                self._ancestors[later] |= added
+                self._ancestors[later] |= self._ancestors[step.index]
+                self._behind[later] |= self._behind[step.index]
 
 
 def _module(node: fx.Node, parameters: Sequence[str]) -> str:

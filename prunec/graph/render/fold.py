@@ -129,14 +129,26 @@ class _Folder:
                 latest[module] = at = len(passes)
                 passes.append((module, []))
             passes[at][1].append(index)
+        runs = [_Run(module, tuple(steps)) for module, steps in passes]
         entries: list[int | _Run] = []
-        for module, steps in passes:
-            weights = sum(self.flow.steps[i].kind == "weights" for i in steps)
-            if weights < 2:
-                entries += steps
-            else:
-                entries.append(_Run(module, tuple(steps)))
+        for run in self._whole(runs):
+            weights = sum(self.flow.steps[i].kind == "weights" for i in run.steps)
+            entries += [run] if weights > 1 else run.steps
         return entries
+
+    def _whole(self, runs: Sequence[_Run]) -> list[_Run]:
+        """Runs of one module that are not all alike are one run of it, with a loop inside."""
+        alike: dict[str, list[_Run]] = {}
+        for run in runs:
+            alike.setdefault(run.module, []).append(run)
+        whole: list[_Run] = []
+        for run in runs:
+            same = alike[run.module]
+            if len(same) == 1 or len({self._signature(other) for other in same}) == 1:
+                whole.append(run)
+            elif run is same[0]:
+                whole.append(_Run(run.module, tuple(i for other in same for i in other.steps)))
+        return whole
 
     def _recurs(self, step: Step, earlier: Sequence[int]) -> bool:
         """Whether a shared module is being run once more."""
