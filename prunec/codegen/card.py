@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,12 +61,14 @@ def _loading(auto: str, reason: str | None) -> str:
     ]
     if reason is None:
         return "\n".join([*lines, "The stock class opens it: no code is shipped.\n"])
-    text = (
+    text = textwrap.fill(
         f"The stock class alone cannot be this model: {reason}. `modeling_prunec.py` gives it the "
         "sizes that `config.json` lists; it needs transformers and torch only. Where prunec is "
-        'installed, `prunec.load("PATH")` opens it without `trust_remote_code`.\n'
+        'installed, `prunec.load("PATH")` opens it without `trust_remote_code`.',
+        width=100,
+        break_on_hyphens=False,
     )
-    return "\n".join([*lines, text])
+    return "\n".join([*lines, text + "\n"])
 
 
 def _sizes(shrunk: Shrunk) -> str:

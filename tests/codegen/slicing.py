@@ -38,6 +38,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+    "llama_mha": lambda: T.LlamaForCausalLM(T.LlamaConfig(**HEADS)),
     # as in SmolLM2: as many KV groups as query heads in each
     "llama_square": lambda: T.LlamaForCausalLM(
         T.LlamaConfig(**{**DECODER, "num_attention_heads": 9, "hidden_size": 72}, head_dim=8)
