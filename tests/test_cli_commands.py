@@ -148,18 +148,26 @@ def test_a_plan_is_carried_out_as_it_is(pruned: Result, folder: Path) -> None:
         assert again["parameters"] == before["parameters"]
 
 
-def test_a_dry_run_writes_nothing_and_settings_change_the_recipe(folder: Path) -> None:
+def test_a_dry_run_reads_no_weights_and_writes_nothing(folder: Path) -> None:
     before = set(folder.iterdir())
+    found = printed_json("prune", "model/config.json", "--ratio", "0.25", "--dry-run")
+    assert found["out"] is None
+    assert found["target"] == pytest.approx(0.25 * found["block_parameters"], abs=1)
+    assert sum(wanted for _, wanted in found["wanted"].values()) == pytest.approx(
+        found["target"], abs=len(found["wanted"])
+    )
+    assert set(folder.iterdir()) == before
+
+
+def test_settings_change_the_recipe(folder: Path) -> None:
     found = printed_json(
         "prune",
-        *("model", "--dry-run", "--recipe", "magnitude", "--set", "allocation=uniform", *DRAW),
+        *("model", "-o", "narrow", "--recipe", "magnitude", *DRAW),
         *("--set", "units=ffn_channel", "--set", "importance.norm=l1"),
     )
-    assert found["out"] is None
     assert found["recipe"]["units"] == ["ffn_channel"]
     assert found["recipe"]["importance"] == {"name": "magnitude", "norm": "l1"}
     assert {name.rpartition("/")[2] for name in found["plan"]["groups"]} == {"ffn_channel"}
-    assert set(folder.iterdir()) - {folder / "cache"} == before - {folder / "cache"}
 
 
 def test_recipes_are_listed_and_shown_as_the_yaml_that_prune_takes(folder: Path) -> None:

