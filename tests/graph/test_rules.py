@@ -404,6 +404,21 @@ pinned down[0] 4: an axis of the output
     )
 
 
+def test_tensors_broadcast_together() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        y, gain = torch.broadcast_tensors(F.linear(x, p.up), p.gain)
+        return F.linear(torch.multiply(y, gain), p.down)
+
+    assert_expected_inline(
+        checked(net(forward, up=(10, 6), gain=(10,), down=(4, 10)), X),
+        """\
+ffn_channel 10: up[0] gain[0] down[1]
+pinned up[1] 6: an axis of the input
+pinned down[0] 4: an axis of the output
+""",
+    )
+
+
 def test_order_that_changes_is_pinned() -> None:
     def forward(p: object, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, p.up).flip(-1).roll(1, -1), p.down)
@@ -531,9 +546,33 @@ def test_softmax_and_variance_over_units() -> None:
     assert_expected_inline(
         checked(net(forward, up=(10, 6), down=(4, 10)), X),
         """\
-ffn_channel 10: up[0] down[1]; normalised
+ffn_channel 10: up[0] down[1]; minimum 2; normalised
 pinned up[1] 6: an axis of the input
 pinned down[0] 4: an axis of the output
+""",
+    )
+
+
+def test_an_unbiased_spread_needs_two_units() -> None:
+    """Found by the random programs: of one channel a group the deviation was 0 / 0."""
+
+    def forward(p: object, x: Tensor) -> Tensor:
+        y = F.linear(x, p.up)
+        y = (y * y.std(-1, keepdim=True)).transpose(1, 2)
+        return F.linear(F.conv1d(y, p.mix, groups=2).transpose(1, 2), p.down)
+
+    module = net(forward, up=(6, 6), mix=(4, 3, 1), down=(3, 4))
+    assert_expected_inline(
+        checked(module, X),
+        """\
+conv_channel 2: mix[0] down[1]
+pinned up[0] 2: at least 2 positions must stay
+pinned up[0] 3: at least 2 positions must stay
+pinned up[1] 6: an axis of the input
+pinned mix[0] 2: at least 2 positions must stay
+pinned mix[1] 3: at least 2 positions must stay
+pinned down[0] 3: an axis of the output
+pinned down[1] 2: at least 2 positions must stay
 """,
     )
 

@@ -170,6 +170,13 @@ def resize_expand(call: Call, selection: Selection) -> Resized:
     return Resized({_size_argument(call): _new_sizes(call, selection)})
 
 
+@RULES.register("aten::broadcast_tensors", usage="move")
+def broadcast_tensors(call: Call) -> Result:
+    """Sizes follow the operands': nothing to resize."""
+    dims = call.broadcast([call.dims(node) for node in call.arg("tensors")], call.shape)
+    return [Value(dims, call.domain(node)) for node in call.arg("tensors")]
+
+
 @RULES.register("aten::repeat", "aten::tile", usage="move")
 def repeat(call: Call) -> Result:
     dims = call.dims("self")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -153,6 +155,8 @@ def reduce(call: Call) -> Result:
     for axis in axes:
         if short not in ("sum", "nansum", "any", "count_nonzero"):
             call.note(dims[axis], "normalised")
+    if short.startswith(("var", "std")):
+        _keep_enough_for_a_spread(call, [dims[axis] for axis in axes])
     keep = bool(call.arg("keepdim"))
     result = tuple(
         Dim(1) if i in axes else dim for i, dim in enumerate(dims) if keep or i not in axes
@@ -165,6 +169,15 @@ def reduce(call: Call) -> Result:
         indices = over is not None and short in ("max", "min", "median")
         values.append(Value(result, Domain(over) if indices and over is not None else None))
     return values
+
+
+def _keep_enough_for_a_spread(call: Call, over: Sequence[Dim]) -> None:
+    """The unbiased spread of one number is 0 / 0: more than ``correction`` positions must stay."""
+    given = call.arg("correction")
+    correction = int(call.arg("unbiased") is not False) if given is None else math.ceil(given)
+    leaves = [leaf for dim in over for leaf in dim.leaves()]
+    if correction > 0 and leaves and all(dim.form != "sum" for dim in over):
+        max(leaves, key=lambda leaf: leaf.size).require(correction + 1)
 
 
 def _axes(given: Any, rank: int) -> set[int]:
