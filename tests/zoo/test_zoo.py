@@ -25,6 +25,8 @@ UNTRACEABLE = {
     "blt": "entropy patching guards on data",
     "dbrx": "its experts loop guards on data",
     "longcat_flash": "its experts loop guards on data",
+    "qwen4_exp": "its indexer guards on data",
+    "qwen4_exp_text": "its indexer guards on data",
     "gemma3n": "its vision tower needs Pillow and timm",
     "gemma4_assistant": "reads the key-value states of another model",
     "gemma4_unified_assistant": "reads the key-value states of another model",

@@ -257,6 +257,11 @@ class Rules:
     def __contains__(self, target: torch._ops.OpOverload) -> bool:
         return self.find(target) is not None
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The operators that have a rule of their own."""
+        return frozenset(self._table)
+
     def find(self, target: torch._ops.OpOverload) -> Rule | None:
         """The rule of an operator; in-place forms share the functional one's."""
         name = target._schema.name
