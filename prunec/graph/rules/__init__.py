@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from prunec.graph.rules import contract, create, index, layout, norm, pointwise, spatial
+from prunec.graph.rules import contract, create, cut, index, layout, norm, pointwise, spatial
 from prunec.graph.rules.registry import RULES, Call, Domain, Resized, Rule, Rules, Value
 from prunec.registry import names, plugin
 
@@ -16,6 +16,7 @@ __all__ = [
     "Value",
     "contract",
     "create",
+    "cut",
     "index",
     "installed_rules",
     "layout",
