@@ -124,8 +124,11 @@ def resized(model: nn.Module, example: Mapping[str, Tensor], batch: int, length:
     made = {}
     for name, tensor in example.items():
         if tensor.ndim == 2 and not tensor.is_floating_point():
-            high = 2 if name.endswith("mask") else _vocabulary(model, tensor)
-            made[name] = torch.randint(1, high, (batch, length), generator=generator)
+            if name.endswith("input_ids"):
+                known = torch.arange(1, _vocabulary(model, tensor))
+            else:  # a mask, types, positions: values that occur
+                known = tensor.cpu().flatten()
+            made[name] = known[torch.randint(len(known), (batch, length), generator=generator)]
         elif tensor.is_floating_point():
             shape = (batch, *tensor.shape[1:])
             made[name] = torch.randn(shape, generator=generator, dtype=torch.float32)

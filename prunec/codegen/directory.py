@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -60,8 +62,7 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         yield temporary
-        for path in (temporary, *temporary.rglob("*")):  # as if written by the user directly
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+        _open_up(temporary)
         _deliver(temporary, directory)
     except BaseException as error:
         if temporary is not None:
@@ -69,7 +70,7 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for parent in created:
             if not any(parent.iterdir()):
                 parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError | SafetensorError) or _is_full(error):
             raise _refused(error, directory) from error
         raise
 
@@ -81,10 +82,14 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _open_up(folder: Path) -> None:
+    """Give everything the rights that it would have if the user had written it directly."""
+    probe = folder / ".rights"
+    probe.mkdir()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(usual if path.is_dir() else usual & 0o666)
 
 
 def _deliver(temporary: Path, directory: Path) -> None:
@@ -115,11 +120,18 @@ def _exchange(first: Path, second: Path) -> bool:
     return int(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)) == 0
 
 
-def _refused(error: Exception, directory: Path) -> ExportError:
-    text = str(error)
-    full = getattr(error, "errno", None) == 28 or "StorageFull" in text or "code: 28" in text
+def _is_full(error: BaseException) -> bool:
+    """Also as the Rust libraries of tokenizers and safetensors say it, in types of their own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(
+        f"os error {n})" in str(error) for n in full
+    )
+
+
+def _refused(error: BaseException, directory: Path) -> ExportError:
+    full = _is_full(error)
     return ExportError(
-        "the disk is full" if full else f"the file system refuses: {text}",
+        "the disk is full" if full else f"the file system refuses: {error}",
         where=str(directory),
         so="nothing was written",
         fix="free some space, or name a directory elsewhere" if full else None,

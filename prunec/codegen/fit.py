@@ -72,7 +72,7 @@ def fit(
     for layers in (few, WHOLE) if few.kept else (WHOLE,):
         short, part = reduced(model, sliced, layers)
         drawn = redraw(short, part)
-        twin = assemble(short, padded(short, part, drawn.weights), drawn.added)
+        twin = assemble(short, padded(short, part, drawn.weights), drawn.added).eval()
         with attribute_reads(twin) as reads:
             wanted = usable(twin, checks(twin, example))
         if wanted:
@@ -81,7 +81,7 @@ def fit(
         raise ExportError(
             "the model does not run on its example inputs", where=type(model).__name__
         )
-    module = assemble(short, drawn.weights, drawn.added)
+    module = assemble(short, drawn.weights, drawn.added).eval()
     if reference is not None:
         wanted = _referred(model, example, lambda inputs: reference(drawn.weights, inputs))
     bench = Bench(module, layers, wanted)

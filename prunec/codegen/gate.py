@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunec.codegen import acceptance
 from prunec.codegen.battery import Check, checks, tolerance, whole_outputs
+from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import VerifyError
 
 SHAPES = ((1, 1), (2, 9))
@@ -39,6 +40,8 @@ def accept(model: Any, directory: Path, auto: str, example: Mapping[str, Tensor]
     Raises:
         VerifyError: naming every difference.
     """
+    if model.device.type != "cpu":  # where the other side runs
+        model = assemble(model, {name: tensor.cpu() for name, tensor in tensors_of(model).items()})
     acceptance.align(model)  # as the other side does: values stay, addresses change
     plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
     battery = [c for c in plain if not c.decode]

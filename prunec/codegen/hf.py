@@ -95,7 +95,10 @@ def _without_stock(shrunk: Shrunk, reason: str) -> Shrunk:
 def _write(model: Any, folder: Path, max_shard_size: str) -> None:
     for old in folder.iterdir():
         old.unlink()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ExportError(f"transformers does not save this model: {error}") from error
     path = folder / "config.json"
     config = _portable(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -27,8 +27,8 @@ class Shrunk:
     """A smaller module of the same class, and how its numbers were found.
 
     Attributes:
-        model: the module; its parameters are the sliced tensors themselves. If the stock config
-            cannot say its sizes, its class is a generated subclass of the stock one.
+        model: the module, in eval mode; its parameters are the sliced tensors themselves. If the
+            stock config cannot say its sizes, its class is a generated subclass of the stock one.
         attributes: module path -> attribute -> value; under "config", fields as that module reads
             them.
         config: what of the new sizes the stock config can say.
@@ -79,7 +79,7 @@ def shrink(
     with quiet():
         with progress.task("fit the module to its new sizes"):
             found = fit(model, sliced, example, reference)
-            small = assemble(model, sliced.weights, sliced.added)
+            small = assemble(model, sliced.weights, sliced.added).eval()
             for path, values in found.attributes.items():
                 set_attributes(small.get_submodule(path), values)
         with progress.task("compare the whole module with the masked one"):
@@ -145,8 +145,8 @@ def _twin_outcomes(
     last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
     first = battery[0].attention
     chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]
-    outcomes = outcomes_of(LazyTwin(model, sliced).module, chosen)
+    outcomes = outcomes_of(LazyTwin(model, sliced).module.eval(), chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
-        twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added)
+        twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
         outcomes = outcomes_of(twin, chosen)
     return outcomes

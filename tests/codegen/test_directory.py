@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from prunec.codegen import directory
@@ -129,6 +130,15 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
-def test_no_space_is_said_plainly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers raises it
+    ],
+)
+def test_no_space_is_said_plainly(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(ExportError, match="the disk is full"), staged(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
+        raise error
+    assert entries(tmp_path) == []
