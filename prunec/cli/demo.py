@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunec.cli import options
-from prunec.cli.report import show_report
+from prunec.cli.report import show_totals
 
 if TYPE_CHECKING:
     from prunec.cli.console import Screen
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 RATIO = 0.2
-SAMPLES, SEQ_LEN = 16, 512
-WINDOW, WINDOWS = 1024, 12
+SAMPLES, SEQ_LEN = 32, 512
+WINDOW, WINDOWS = 1024, 8
 TEXT = "pydoc_data.topics"
 PROMPT = "The most important thing to know about the ocean is"
 NEW_TOKENS = 40
@@ -81,7 +81,7 @@ def demo(
         coupling = prunec.couple(prunec.trace(dense.model, dense.example))
         write_picture(draw(coupling), out / SVG)
 
-    show_report(screen, result.report)
+    show_totals(screen, result.report)
     _compare(screen, before, after)
     screen.timings()
     screen.say(f"Written: {out} (the coupling of one block is drawn in {out / SVG})")

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 
 def show_report(screen: Screen, report: Report) -> None:
     """Totals, the ratio wanted and realised at every site, what was skipped, what was checked."""
-    screen.table(
-        "Result", ["", "before", "after", "removed"], [_change(*row) for row in _totals(report)]
-    )
+    show_totals(screen, report)
     if report.sites:
         columns = ["site", "parameters", "wanted", "realised", "kept", "error"]
         screen.table("Sites", columns, [_site(site) for site in report.sites], words=(0, 4))
     _show_skipped(screen, report.skipped)
-    screen.say(f"Comparisons with the masked model that passed: {len(report.checks)}")
+    screen.say(f"Comparisons with a reference that passed: {len(report.checks)}")
+
+
+def show_totals(screen: Screen, report: Report) -> None:
+    """What the whole model lost."""
+    screen.table(
+        "Result", ["", "before", "after", "removed"], [_change(*row) for row in _totals(report)]
+    )
 
 
 def show_outline(screen: Screen, outline: Outline) -> None:
