@@ -29,7 +29,7 @@ OPENING_ERRORS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ImportError,
     RuntimeError,

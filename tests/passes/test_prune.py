@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
@@ -18,7 +19,6 @@ from prunec.passes.recipe import load_recipe
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import slice_program
 from prunec.passes.verify import slicing_difference
-from tests.tiny_model import VOCABULARY, tiny_llama
 
 LENGTH = 24
 
