@@ -126,9 +126,9 @@ def _field_candidates(model: Any, sliced: Sliced, path: str) -> list[Candidate]:
     count = len(model.get_submodule(path))
     places = tuple(f"{path}.{i}" for i in range(count))
     sizes = [sizes_seen(model, sliced, place) for place in places]
-    found = []
-    for name in numbers_of(model.config):
-        old: Values = tuple(_layer_value(model.config, i, name) for i in range(count))
+    found, own = [], overrides(model.config)
+    for name, value in numbers_of(model.config).items():
+        old: Values = tuple(own.get(i, {}).get(name, value) for i in range(count))
         made = candidate("layer", name, places, old, sizes)
         found += [made] if made is not None else []
     return found
@@ -155,10 +155,12 @@ class _Layers:
         self._model = model
         self._places = [f"{path}.{i}" for i in range(len(model.get_submodule(path)))]
         self._wanted = [shapes_of(small, place + ".") for place in self._places]
+        self._own = overrides(model.config)  # of a model that is pruned once more
         self._built: dict[object, nn.Module | None] = {}
 
     def _layer(self, at: int, fields: dict[str, Any]) -> Shapes:
         """Shapes of one layer of the class built from these fields; empty if it refuses them."""
+        fields = {**self._own.get(at, {}), **fields}
         key = tuple(sorted(fields.items()))
         if key not in self._built:
             cls, config = stock_class(self._model), self._model.config
@@ -188,10 +190,11 @@ def _changes(choice: Choice, at: int) -> dict[str, Any]:
     return {c.name: v[at] for c, v in choice.items() if v[at] != c.old[at]}
 
 
-def _layer_value(config: Any, layer: int, name: str) -> int:
-    if getattr(config, "is_heterogeneous", False):
-        return int(getattr(config.per_layer_config[layer], name))
-    return int(getattr(config, name))
+def overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """Fields that differ in single layers already."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(index): dict(row) for index, row in config.to_dict()["per_layer_config"].items()}
 
 
 def _fewest(choice: Choice, equivalents: Mapping[Candidate, tuple[Values, ...]]) -> Choice:
@@ -311,9 +314,9 @@ def _with_cache_geometry(
     grouped = getattr(config, "num_key_value_heads", None) is not None
     name = "num_key_value_heads" if grouped else "num_attention_heads"
     head_dim = getattr(config, "head_dim", None)
-    found = {index: dict(row) for index, row in layers.items()}
+    found, own = {index: dict(row) for index, row in layers.items()}, overrides(config)
     for index, (heads, size) in enumerate(shapes):
-        row = found.get(index, {})
+        row = {**own.get(index, {}), **found.get(index, {})}
         said = row.get(name, getattr(config, name, None))
         if said != heads:
             found.setdefault(index, {})[name] = heads

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from prunec.codegen import modeling_prunec
-from prunec.codegen.fields import ConfigFields, shapes_of
+from prunec.codegen.fields import ConfigFields, overrides, shapes_of
 from prunec.codegen.modeling_prunec import Pruned
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import stock_class, tensors_of
@@ -67,14 +67,15 @@ def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
 
 def _say_layers(config: Any, fields: ConfigFields) -> None:
     """Transformers' own per-layer key: read by its static caches, by vLLM, by exporters."""
-    own = {
-        index: {name: value for name, value in row.items() if getattr(config, name, None) != value}
-        for index, row in fields.layers.items()
-    }
-    rows = {str(index): row for index, row in own.items() if row}
-    said = {"per_layer_config": rows, "allow_global_per_layer_attribute_access": True}
-    if rows and _accepts(type(config), {**config.to_dict(), **fields.base, **said}):
-        for name, value in {**fields.base, **said}.items():
+    earlier, rows = overrides(config), {}
+    for index in sorted(earlier.keys() | fields.layers.keys()):
+        said = {**earlier.get(index, {}), **fields.layers.get(index, {})}
+        row = {name: value for name, value in said.items() if getattr(config, name, None) != value}
+        if row:
+            rows[str(index)] = row
+    key = {"per_layer_config": rows, "allow_global_per_layer_attribute_access": True}
+    if rows and _accepts(type(config), {**config.to_dict(), **fields.base, **key}):
+        for name, value in {**fields.base, **key}.items():
             setattr(config, name, value)
 
 

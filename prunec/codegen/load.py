@@ -85,11 +85,9 @@ def _aware(method: Callable[..., Any]) -> Callable[..., Any]:
         config = None if kwargs.get("trust_remote_code") else _pruned_config(given, kwargs)
         if config is None:
             return method(cls, given, *args, **kwargs)
-        kwargs.pop("trust_remote_code", None)
-        made = pruned_class(_class_for(cls, config))
-        if method.__name__ == "from_config":
-            return made._from_config(config, **kwargs)
-        return made.from_pretrained(given, *args, **{**kwargs, "config": config})
+        mapping = {type(config): pruned_class(_class_for(cls, config))}
+        ours = type(cls.__name__, (cls,), {"_model_mapping": mapping})
+        return method(ours, given, *args, **kwargs)
 
     vars(open_either)["_prunec"] = True
     return open_either

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as T
 from slicing import UNITS, build, by_plan, coupling_of, example_for, random_plan, shrunk
+from tiny_model import tiny_tokenizer
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -40,6 +42,13 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**example_for(model))[0]
+
+
+def generated(model: Any, cache: str | None = None) -> torch.Tensor:
+    kind = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    ids = example_for(model)["input_ids"]
+    tokens: torch.Tensor = model.generate(ids, **kind, cache_implementation=cache)
+    return tokens
 
 
 @pytest.fixture
@@ -100,6 +109,8 @@ def test_registered_auto_classes_open_both_kinds(
     assert type(stock) is T.LlamaForCausalLM
     assert torch.equal(logits(stock), logits(dense))
     assert type(T.AutoModelForCausalLM.from_config(dense.config)) is T.LlamaForCausalLM
+    text = T.pipeline("text-generation", str(directory), tokenizer=tiny_tokenizer())
+    assert torch.equal(logits(text.model), logits(result.model))
     fresh = T.AutoModelForCausalLM.from_config(T.AutoConfig.from_pretrained(directory))
     assert fresh.model.layers[0].mlp.up_proj.weight.shape == (29, 48)
     assert logits(fresh).isfinite().all()
@@ -116,19 +127,28 @@ def test_saved_again_by_transformers(tmp_path: Path, pruned: tuple[Shrunk, Path]
         assert (tmp_path / str(number) / "modeling_prunec.py").exists()
 
 
-@pytest.mark.parametrize("name", ["llama_square", "phi3", "gpt2"])
-def test_pruned_again(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama_square", UNITS),
+        ("llama", ("ffn_channel",)),
+        ("phi3", UNITS),
+        ("gpt2", UNITS),
+    ],
+)
+def test_pruned_again(tmp_path: Path, name: str, kinds: tuple[str, ...]) -> None:
     """What was found the first time, config views included, is where the second one starts."""
     *_, first = shrunk(name)
     save(first, tmp_path / "once")
     once = load(tmp_path / "once").requires_grad_(False)
     coupling = coupling_of(once)
-    plan = random_plan(coupling, UNITS, seed=1)
+    plan = random_plan(coupling, kinds, seed=1)
     second = shrink(once, by_plan(once, coupling, plan), example=example_for(once))
     save(second, tmp_path / "twice")
     twice = load(tmp_path / "twice")
     assert torch.equal(logits(twice), logits(second.model))
     assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in once.parameters())
+    assert torch.equal(generated(twice, "static"), generated(twice))
 
 
 def test_trains(pruned: tuple[Shrunk, Path]) -> None:
@@ -152,9 +172,4 @@ def test_half_precision_and_static_cache(pruned: tuple[Shrunk, Path]) -> None:
     result, directory = pruned
     model = load(directory, dtype=torch.bfloat16)
     assert difference([logits(model).float()], [logits(result.model)]) < 0.1
-    ids = example_for(result.model)["input_ids"]
-    kind = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    tokens = [
-        result.model.generate(ids, **kind, cache_implementation=cache) for cache in (None, "static")
-    ]
-    assert torch.equal(*tokens)
+    assert torch.equal(generated(result.model, "static"), generated(result.model))
