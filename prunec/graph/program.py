@@ -72,14 +72,16 @@ def source_line(node: fx.Node) -> str:
     """``module.path (file.py:12)  code`` of the call that made this node, as far as recorded."""
     path = module_path(node)
     lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().splitlines()]
-    where = next((line for line in reversed(lines) if line.startswith("File ")), "")
-    if not where:
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    # A functional call ends in torch's own file; the user's line is the last one outside it.
+    own = [i for i in frames if "/torch/" not in lines[i]] or frames
+    if not own:
         return path
-    code = lines[lines.index(where) + 1] if lines.index(where) + 1 < len(lines) else ""
-    file, _, rest = where.removeprefix("File ").partition(", line ")
-    number = rest.partition(",")[0]
+    frame, *code = lines[own[-1] : own[-1] + 2]
+    file, _, rest = frame.removeprefix("File ").partition(", line ")
     name = file.strip('"').rsplit("/", 1)[-1]
-    return f"{path} ({name}:{number})  {code}".strip()
+    shown = f"{path} ({name}:{rest.partition(',')[0]})"
+    return f"{shown}  {code[0]}" if code and not code[0].startswith("File ") else shown
 
 
 def module_path(node: fx.Node) -> str:
