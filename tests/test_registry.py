@@ -40,7 +40,13 @@ def message(group: str, name: str) -> str:
 
 
 def test_the_built_ins_are_declared() -> None:
-    assert registry.names("importance") == ["magnitude", "obs", "random"]
+    assert registry.names("importance") == [
+        "fluctuation",
+        "magnitude",
+        "obs",
+        "random",
+        "wanda",
+    ]
     assert registry.names("allocation") == ["log-increase", "uniform"]
     assert registry.names("compensation") == ["none", "obs"]
     assert registry.names("exporters") == ["hf"]
@@ -63,7 +69,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         message("importance", "magnitud"),
         """\
 no importance named 'magnitud'
-  fix  did you mean 'magnitude'? There are: magnitude, obs, random""",
+  fix  did you mean 'magnitude'? There are: fluctuation, magnitude, obs, random, wanda""",
     )
 
 
