@@ -34,7 +34,7 @@ class Stream:
         device: where values are computed.
         storage: where the batches' values wait between two stops.
         hold_bytes: how much the values held between two stops may take before they are computed
-            twice instead; by default three quarters of what the program's tensors take.
+            twice instead; by default half of what the program's tensors take.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Stream:
         self._last_stop = -1
         self._shared_until = 0
         sizes = [tensor.nbytes for tensor in program.state.values()]
-        self._hold_bytes = sum(sizes) * 3 // 4 if hold_bytes is None else hold_bytes
+        self._hold_bytes = sum(sizes) // 2 if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
         self._live = [self._start(batch) for batch in batches]
         self._masks = [batch.get("attention_mask") for batch in batches]

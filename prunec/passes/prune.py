@@ -143,6 +143,8 @@ class _Worker:
 
     def _collect(self, site: Site, stream: Stream) -> Statistics:
         names = sorted(self._criterion.statistics | self._compensation.statistics)
+        if not names:
+            return {}
         collectors = {name: collector(name, site=site.name) for name in names}
 
         def update(batch: int, value: Tensor) -> None:
