@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,9 @@ def test_a_json_file_on_a_full_disk(work: Path) -> None:
 def test_an_interrupt_leaves_nothing_behind(work: Path, sent: signal.Signals) -> None:
     before = names(work)
     command = [str(Path(sys.executable).with_name("prunec")), *prune()]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A suite started in the background hands an ignored SIGINT down to every child.
+    listen = partial(signal.signal, sent, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stderr
         first = process.stderr.readline()
         process.send_signal(sent)
