@@ -98,15 +98,23 @@ class Bench:
     """A module under test beside the outputs that every check must give."""
 
     def __init__(self, module: nn.Module, layers: Layers, wanted: Outcomes) -> None:
-        self._module, self._layers, self._wanted = module, layers, wanted
+        self._module, self._layers, self._wanted = module, layers, list(wanted)
 
     def set(self, choice: Choice) -> _Setting:
         return _Setting(self._module, self._layers.only(by_module(choice)))
 
     def judge(self, choice: Choice) -> str | None:
-        """None if the module passes with these numbers, else the first failure."""
+        """None if the module passes with these numbers, else a failure.
+
+        The check that failed comes first the next time: what is wrong shows there again.
+        """
         with self.set(choice):
-            return first_failure(self._module, self._wanted)
+            for index, entry in enumerate(self._wanted):
+                reason = first_failure(self._module, [entry])
+                if reason is not None:
+                    self._wanted.insert(0, self._wanted.pop(index))
+                    return reason
+        return None
 
 
 class _Setting:
