@@ -41,14 +41,7 @@ def run_masked(
     Raises:
         VerifyError: where units are reduced over by an operator that has no reference here.
     """
-    tensors = program.state if state is None else state
-    arguments = [
-        tensors[program.bindings[node.name]]
-        if node.name in program.bindings
-        else inputs[program.inputs[node.name]]
-        for node in program.graph.nodes
-        if node.op == "placeholder"
-    ]
+    arguments = program.arguments(state, inputs)
     with torch.no_grad():
         outputs = _Masked(program, layout, selection).run(*arguments)
     first: Tensor = outputs[0]

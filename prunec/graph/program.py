@@ -49,19 +49,24 @@ class Program:
                 fix="trace the model again with inputs of these shapes",
             )
 
-    def run(self, state: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> Tensor:
-        """The first output for these inputs; ``state`` stands in for the program's own tensors."""
+    def arguments(
+        self, state: Mapping[str, Tensor] | None, inputs: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        """What the graph's placeholders stand for, in order; TraceError for other inputs."""
         self.check_inputs(inputs)
         tensors = self.state if state is None else state
-        arguments = [
+        return [
             tensors[self.bindings[node.name]]
             if node.name in self.bindings
             else inputs[self.inputs[node.name]]
             for node in self.graph.nodes
             if node.op == "placeholder"
         ]
+
+    def run(self, state: Mapping[str, Tensor] | None = None, **inputs: Tensor) -> Tensor:
+        """The first output for these inputs; ``state`` stands in for the program's own tensors."""
         with torch.no_grad():
-            outputs = self.graph_module(*arguments)
+            outputs = self.graph_module(*self.arguments(state, inputs))
         first = outputs[0]
         if not isinstance(first, Tensor):
             raise TraceError("the program's first output is no tensor")
