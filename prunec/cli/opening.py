@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -39,8 +38,6 @@ def open_source(
 
     if spec == "smollm2":
         ensure_smollm2(progress)
-    if weights == "meta" and _is_pruned(Path(spec)):
-        weights = "load"
     with quiet(), progress.task(f"open {spec}"):
         return open_model(
             spec,
@@ -81,15 +78,6 @@ def open_coupled(
     with screen.task("couple"):
         coupling = prunec.couple(program)
     return source, coupling
-
-
-def _is_pruned(directory: Path) -> bool:
-    """Whether prunec wrote it: its stock config has the dense model's shapes."""
-    config = directory / "config.json"
-    try:
-        return "prunec" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # no directory of ours; opening it says what is wrong
 
 
 def ensure_smollm2(progress: Progress) -> None:

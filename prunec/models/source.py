@@ -61,10 +61,10 @@ def open_model(
     ``config.json``, or ``package.module:factory``.
 
     `dtype` is a torch dtype's name, or "auto" for the checkpoint's. `weights` "meta" reads the
-    config only (shapes without values), "random" draws weights with seed 0; a config.json opens
-    on meta unless "random" is asked for, and a factory's module is taken as it comes, cast to
-    `dtype`. `load_pruned` opens directories that prunec wrote (prunec.codegen passes itself in:
-    this room is below it).
+    config only (shapes without values; what prunec wrote is loaded all the same), "random" draws
+    weights with seed 0; a config.json opens on meta unless "random" is asked for, and a factory's
+    module is taken as it comes, cast to `dtype`. `load_pruned` opens directories that prunec wrote
+    (prunec.codegen passes itself in: this room is below it).
 
     Raises:
         ModelError: the model cannot be opened; the message says why and what to do.
@@ -140,7 +140,8 @@ def _open_path(
         return open_config(path, _without_loading(opening))
     if not (path / "config.json").is_file():
         raise ModelError("the directory has no config.json", where=str(path), fix=_FORMS)
-    if load_pruned and opening.weights == "load" and "prunec" in read_json(path / "config.json"):
+    # The stock class would build the dense shapes, so these are loaded even where "meta" would do.
+    if load_pruned and opening.weights != "random" and "prunec" in read_json(path / "config.json"):
         model = load_pruned(path)
         return model if opening.dtype is None else model.to(opening.dtype)
     return open_directory(path, opening)
