@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from prunec.errors import PlanError
+from prunec.passes.context import Context
 
 
 class Allocation(Protocol):
     """What an allocation plug-in implements: a frozen dataclass whose fields are its options."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether :meth:`shares` reads the context's survey of the dense model."""
+
+    def shares(self, context: Context) -> Mapping[str, float]:
+        """Parameters that each site is asked to give, by site name.
+
+        They add up to the target; what a site cannot give is asked of the others afterwards.
+
+        Raises:
+            PlanError: the target is not reachable; says the largest that is.
+        """
+
+
+class _ByBlock:
+    """An allocation that knows blocks only: within one, each site gives in proportion."""
+
+    needs_data: ClassVar[bool] = False
+
+    def shares(self, context: Context) -> dict[str, float]:
+        """The ratio of each block, split over its sites by the parameters that they hold."""
+        sizes = list(context.blocks.values())
+        return context.by_block(self.ratios(len(sizes), context.target, sizes=sizes))
 
     def ratios(
         self, blocks: int, target: float, *, sizes: Sequence[int] | None = None
@@ -27,10 +52,11 @@ class Allocation(Protocol):
         Raises:
             PlanError: the target is not reachable; says the largest that is.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(_ByBlock):
     """The same ratio in every block."""
 
     def ratios(
@@ -46,7 +72,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class LogIncrease:
+class LogIncrease(_ByBlock):
     """Ratios that grow with the logarithm of depth: errors of early blocks reach all that follow.
 
     ``r_i = r_0 + (r_{n-1} - r_0) log(i + 1) / log(n)``: SlimGPT's incremental pruning ratio

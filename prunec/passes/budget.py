@@ -8,6 +8,7 @@ from prunec.errors import PlanError
 from prunec.graph.cost import Counts, parameter_count
 from prunec.graph.coupling import CouplingGraph, blocks_of
 from prunec.passes.allocation import Allocation
+from prunec.passes.context import Context, Room, Survey
 from prunec.passes.sites import Site, site_parameters
 
 TOLERANCE = 0.005
@@ -57,12 +58,17 @@ class Budget:
 
 
 def block_budget(
-    coupling: CouplingGraph, sites: Sequence[Site], allocation: Allocation, ratio: float
+    coupling: CouplingGraph,
+    sites: Sequence[Site],
+    allocation: Allocation,
+    ratio: float,
+    *,
+    survey: Survey | None = None,
 ) -> Budget:
     """The budget that removes ``ratio`` of the parameters of all repeated blocks.
 
-    A block's share is split over its sites by the parameters that their groups hold. A model
-    without repeated blocks counts as one block.
+    A model without repeated blocks counts as one block. `survey` is for allocations that look at
+    the dense model.
 
     Raises:
         PlanError: for a ratio that is not between 0 and 1 or cannot be reached, with the largest
@@ -77,20 +83,14 @@ def block_budget(
     held = {site.name: _held(coupling, site) for site in sites}
     capacity = {site.name: held[site.name] - _least(coupling, site) for site in sites}
     _check_reachable(ratio, total, capacity)
-    by_block: dict[str, list[Site]] = {}
-    for site in sites:
-        by_block.setdefault(_home(site, blocks), []).append(site)
-    prunable = [block for block in blocks if block in by_block]
-    sizes = [blocks[block] for block in prunable]
+    rooms = [
+        Room(site.name, _home(site, blocks), held[site.name], capacity[site.name]) for site in sites
+    ]
+    homes = {room.block for room in rooms}
+    prunable = {block: size for block, size in blocks.items() if block in homes}
     # Blocks in which nothing can be pruned give their part through the others.
-    target = ratio * total / sum(sizes)
-    ratios = allocation.ratios(len(prunable), target, sizes=sizes)
-    wants: dict[str, float] = {}
-    for block, block_ratio in zip(prunable, ratios, strict=True):
-        share = block_ratio * blocks[block]
-        block_held = sum(held[site.name] for site in by_block[block])
-        for site in by_block[block]:
-            wants[site.name] = share * held[site.name] / block_held
+    target = ratio * total / sum(prunable.values())
+    wants = allocation.shares(Context(target, prunable, rooms, survey))
     units = {site.name: _smallest_unit(coupling, site) for site in sites}
     wants = _within_capacity({site.name: wants[site.name] for site in sites}, capacity)
     wants = _settle_tail(wants, units, TOLERANCE * ratio * total)

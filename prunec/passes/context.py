@@ -1,0 +1,83 @@
+"""What an allocation may look at: blocks, sites, the target, and the dense model's behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prunec.errors import PlanError
+from prunec.importance.curves import RemovalCurve
+
+
+@dataclass(frozen=True)
+class Room:
+    """A site as an allocation sees it.
+
+    Attributes:
+        site: its name.
+        block: the block it counts to.
+        parameters: held by its groups.
+        most: how many of them it can give.
+    """
+
+    site: str
+    block: str
+    parameters: int
+    most: int
+
+
+class Survey(Protocol):
+    """What was seen of the dense model on the calibration batches, computed when first read."""
+
+    @property
+    def similarities(self) -> Mapping[str, float]:
+        """Mean over tokens of the cosine between a block's input and its output, by block."""
+
+    @property
+    def curves(self) -> Mapping[str, RemovalCurve]:
+        """The removal curve of each site on the dense model's inputs, by site name."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One allocation's question.
+
+    Attributes:
+        target: ratio of the parameters of all `blocks` together.
+        blocks: parameters of each block in which something can be pruned, in model order.
+        rooms: the sites, in graph order.
+        survey: the dense model, None where there is no data to run it on.
+    """
+
+    target: float
+    blocks: Mapping[str, int]
+    rooms: Sequence[Room]
+    survey: Survey | None = None
+
+    def seen(self, asker: str) -> Survey:
+        """The survey of the dense model.
+
+        Raises:
+            PlanError: there is no data.
+        """
+        if self.survey is None:
+            raise PlanError(
+                f"the allocation {asker} looks at the dense model on calibration data",
+                fix="give batches, or use an allocation that needs none, such as log-increase",
+            )
+        return self.survey
+
+    def by_block(self, ratios: Sequence[float]) -> dict[str, float]:
+        """Parameters asked of each site when each block removes its ratio.
+
+        A block's share is split over its sites by the parameters that they hold.
+        """
+        held = dict.fromkeys(self.blocks, 0)
+        for room in self.rooms:
+            held[room.block] += room.parameters
+        share = {
+            block: ratio * size / held[block]
+            for (block, size), ratio in zip(self.blocks.items(), ratios, strict=True)
+        }
+        return {room.site: share[room.block] * room.parameters for room in self.rooms}
