@@ -24,6 +24,12 @@ def data_directory() -> Path:
     return folder
 
 
+def read(name: str) -> Any | None:
+    """The figures that `write` left, None where there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else None
+
+
 def write(name: str, figures: Any) -> Path:
     """Write figures with the versions and the machine they come from."""
     RESULTS.mkdir(exist_ok=True)
