@@ -8,7 +8,9 @@ without a hook or a list of layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ class Stream:
         self._nodes = [node for node in program.graph.nodes if node.op != "output"]
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = self._find_last_uses()
+        self._live_elements = self._count_live()
         self._cursor = 0
         self._last_stop = -1
         self._shared_until = 0
@@ -86,17 +89,31 @@ class Stream:
                 last[source] = len(self._nodes)
         return last
 
+    def _count_live(self) -> list[int]:
+        """Per node, the elements of a batch's values that wait when it is about to run."""
+        steps = [0] * (len(self._nodes) + 1)
+        for node in self._nodes:
+            if node in self.layout.data and node in self._last_use:
+                values = self.layout.values.get(node, [])
+                elements = sum(math.prod(dim.size for dim in value.dims) for value in values)
+                steps[self._position[node] + 1] += elements
+                if self._last_use[node] + 1 < len(steps):
+                    steps[self._last_use[node] + 1] -= elements
+        return list(accumulate(steps))
+
     def advance(self, stop: fx.Node, operand: fx.Node, visit: Visitor) -> None:
         """Run every batch up to, not including, ``stop``; show each its value of ``operand``.
 
         Where the values of all batches at ``stop`` would take more than ``hold_bytes``, they are
-        dropped after the visit and computed again on the next advance, from just behind the last
-        stop: a wide site then costs time instead of memory.
+        dropped after the visit and computed again on the next advance, from the place behind the
+        last stop where least is alive: a wide site then costs time instead of memory.
 
         Raises:
             VerifyError: if a batch produces NaN or Inf there, naming the node.
         """
-        restart, end = self._last_stop + 1, self._position[stop]
+        end = self._position[stop]
+        places = range(min(self._last_stop + 1, end), end + 1)
+        restart = min(reversed(places), key=self._live_elements.__getitem__)
         before, after = self._nodes[self._cursor : restart], self._nodes[restart:end]
         with torch.no_grad():
             self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])

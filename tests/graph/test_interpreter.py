@@ -54,14 +54,15 @@ def test_stopping_on_the_way_changes_nothing(coupling: CouplingGraph) -> None:
 
 
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("hold_bytes", [None, 0])
 def test_slicing_on_the_way_equals_the_sliced_program(
-    coupling: CouplingGraph, ragged: bool
+    coupling: CouplingGraph, ragged: bool, hold_bytes: int | None
 ) -> None:
-    """Live values that carry removed units are cut where they are."""
+    """Live values that carry removed units are cut where they are, or computed again."""
     program = coupling.program
     batches = [tokens(seed) for seed in range(2)]
     weights = Weights(coupling, program.state)
-    stream = Stream(program, coupling.layout, batches, weights)
+    stream = Stream(program, coupling.layout, batches, weights, hold_bytes=hold_bytes)
     sites, _ = find_sites(coupling, KINDS)
     everything = []
     for site in sites:
