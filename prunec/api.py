@@ -22,10 +22,11 @@ from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
 from prunec.graph.selection import Selection
-from prunec.graph.trace import Example, trace
+from prunec.graph.trace import Example, Loss, trace
 from prunec.models import example_inputs
 from prunec.passes.budget import block_budget, block_parameters
 from prunec.passes.plan import Plan
+from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
@@ -156,6 +157,7 @@ def prune(
     calibration: Batches,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Remove a part of a model's repeated blocks and mend what is left.
@@ -167,6 +169,8 @@ def prune(
         calibration: inputs by name, all batches of one shape.
         seed: for recipes that draw numbers.
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
+        loss: for criteria that need gradients: ``loss(model, inputs)``, a scalar for the inputs of
+            one sample; by default the model's own, of the inputs' ``labels`` or tokens.
 
     Raises:
         PlanError: a ratio that cannot be reached, an unknown recipe or setting.
@@ -182,8 +186,17 @@ def prune(
     sites, skipped = find_sites(coupling, chosen.units)
     budget = block_budget(coupling, sites, allocation, ratio)
     with clock("prune"):
+        names = criterion.statistics | compensation.statistics
+        prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
         pruned = prune_sites(
-            coupling, sites, budget, criterion, compensation, batches, progress=progress
+            coupling,
+            sites,
+            budget,
+            criterion,
+            compensation,
+            batches,
+            prior=prior,
+            progress=progress,
         )
     plan = Plan.of(coupling, pruned.selection)
     report = Report(

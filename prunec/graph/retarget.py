@@ -22,17 +22,21 @@ def retarget(program: Program, dtype: torch.dtype) -> Program:
     Casts that a model makes (to float32 in its norms) are retargeted too, so that in float64 a
     whole program computes in double precision.
     """
+    return replace(
+        retarget_calls(program, dtype),
+        state={name: as_float(value, dtype) for name, value in program.state.items()},
+        example={name: as_float(value, dtype) for name, value in program.example.items()},
+    )
+
+
+def retarget_calls(program: Program, dtype: torch.dtype) -> Program:
+    """Only the types written into the calls; the tensors stay as they are (see `as_float`)."""
     module = copy.deepcopy(program.graph_module)
     for node in module.graph.nodes:
         node.args = pytree.tree_map(lambda value: _literal(value, dtype), node.args)
         node.kwargs = pytree.tree_map(lambda value: _literal(value, dtype), node.kwargs)
     module.recompile()
-    return replace(
-        program,
-        graph_module=module,
-        state={name: _tensor(value, dtype) for name, value in program.state.items()},
-        example={name: _tensor(value, dtype) for name, value in program.example.items()},
-    )
+    return replace(program, graph_module=module)
 
 
 def _literal(value: Any, dtype: torch.dtype) -> Any:
@@ -43,7 +47,8 @@ def _literal(value: Any, dtype: torch.dtype) -> Any:
     return dtype if value in _FLOATS else value
 
 
-def _tensor(value: Tensor, dtype: torch.dtype) -> Tensor:
+def as_float(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in ``dtype`` where it is floating-point (complex: in that precision)."""
     if value.is_complex():
         return value.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
     return value.to(dtype) if value.is_floating_point() else value

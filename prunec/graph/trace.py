@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from prunec.errors import TraceError
 from prunec.graph.program import Program
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+"""``loss(model, inputs)``: a scalar to differentiate; it calls the model itself."""
 
 
 class _Positional(nn.Module):
@@ -36,6 +38,19 @@ class _Positional(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.names, tensors, strict=True))
         return _result_tensors(self.model(**named, **self.options))
+
+
+class _Scalar(nn.Module):
+    """A loss of the model as a function of positional tensors."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], loss: Loss):
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        self.loss = loss
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        return (self.loss(self.model, dict(zip(self.names, tensors, strict=True))),)
 
 
 def _result_tensors(output: Any) -> tuple[Tensor, ...]:
@@ -65,13 +80,29 @@ def trace(model: nn.Module, example: Example) -> Program:
         TraceError: if the model cannot be exported, with torch's reason.
     """
     inputs = name_inputs(model, example)
-    training = model.training
-    model.eval()
-    try:
-        exported = _export(model, inputs)
-    finally:
-        model.train(training)
-    return _program(model, exported, inputs)
+    return _program(model, _export(model, _Positional(model, list(inputs)), inputs), inputs)
+
+
+def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> Program:
+    """Trace a loss of ``model`` into a program whose one output is the scalar ``loss`` returns.
+
+    Args:
+        example: inputs by name, what ``loss`` reads besides the model's own among them.
+
+    Raises:
+        TraceError: the loss cannot be exported, or is no floating-point scalar.
+    """
+    exported = _export(model, _Scalar(model, list(example), loss), example)
+    program = _program(model, exported, example)
+    (output,) = program.graph.find_nodes(op="output")
+    result = output.args[0][0] if output.args[0] else None
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        raise TraceError(
+            f"the loss of {type(model).__name__} is no floating-point scalar",
+            fix="return one number per call, such as a mean over tokens",
+        )
+    return program
 
 
 def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
@@ -89,9 +120,10 @@ def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
     return dict(zip(accepted, tensors, strict=False))
 
 
-def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    wrapper = _Positional(model, list(inputs))
+def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
     arguments = tuple(inputs.values())
+    training = model.training
+    wrapper.eval()
     try:
         with torch.no_grad(), _real_looking_parameters(wrapper) as mode:
             if mode is not None:
@@ -105,6 +137,8 @@ def _export(model: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
             fix="export needs a forward without data-dependent Python control flow; "
             "check the example inputs, or patch the forward",
         ) from error
+    finally:
+        model.train(training)
 
 
 @contextmanager

@@ -71,6 +71,9 @@ class SiteProblem:
         parameters: Every member parameter of these groups by name, for scores from weights.
         size: Parameters that the site's groups hold at the given numbers of units, one number per
             group; exact, and never less for more units.
+        reader: The member that `weight` is: its parameter and input axis.
+        producers: The members that make the units: a weight and its output axis, in the order of
+            the graph, such as gate and up of an FFN, or q, k and v of a head.
     """
 
     name: str
@@ -78,6 +81,8 @@ class SiteProblem:
     unit_sets: tuple[UnitSet, ...]
     parameters: Mapping[str, Tensor]
     size: Callable[[Mapping[str, int]], int]
+    reader: Axis | None = None
+    producers: tuple[Axis, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.weight.ndim == 2, f"{self.name}: the weight is [out, columns]"

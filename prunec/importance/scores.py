@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from prunec.errors import VerifyError
+from prunec.errors import PlanError, VerifyError
 from prunec.importance.curves import Removal, RemovalCurve, Survivors, greedy_curve
-from prunec.importance.problem import Axis, FloatArray, IntArray, SiteProblem, UnitSet
+from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
 
 Scorer = Callable[[UnitSet, Survivors], FloatArray]
 """Scores ``[C, U]`` of a group's units, counting only what survives at the site."""
@@ -37,14 +37,17 @@ def sum_columns(salience: FloatArray) -> Scorer:
     return score
 
 
-def members(problem: SiteProblem) -> list[Axis]:
-    """Every (parameter, axis) that a group of the site has as a member, each once."""
-    return list(dict.fromkeys(axis for s in problem.unit_sets for axis in s.positions))
-
-
 def to_array(values: Tensor) -> FloatArray:
     """A tensor as a float64 array on the CPU."""
     return np.asarray(values.detach().double().cpu().numpy(), dtype=np.float64)
+
+
+def check_option(criterion: str, option: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises PlanError where an option of a criterion is none of the allowed ones."""
+    if value not in allowed:
+        raise PlanError(
+            f"{criterion}: {option} {value!r} is not possible", fix=f"use {' or '.join(allowed)}"
+        )
 
 
 class _Ranking:

@@ -7,7 +7,7 @@ in fp64 whatever the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -192,6 +192,28 @@ STATISTICS: Mapping[str, Callable[[str], Collector]] = {
 }
 
 
+# A statistic of what each producer of a site's units multiplies -> its collector
+_OF_PRODUCERS: Mapping[str, str] = {
+    "producer_mean": "input_mean",
+    "producer_square": "input_square",
+    "producer_var": "input_var",
+}
+
+
+def producer_statistics(names: Collection[str]) -> dict[str, str]:
+    """Those of some names that are taken at the producers -> the statistic of their input."""
+    return {name: _OF_PRODUCERS[name] for name in sorted(names) if name in _OF_PRODUCERS}
+
+
+def statistic_of(name: str, parameter: str, axis: int | None = None) -> str:
+    """The key of a statistic that belongs to a parameter, or to one of its axes.
+
+    >>> statistic_of("mask_grad", "mlp.down.weight", 1)
+    'mask_grad mlp.down.weight 1'
+    """
+    return f"{name} {parameter}" if axis is None else f"{name} {parameter} {axis}"
+
+
 def collector(name: str, *, site: str) -> Collector:
     """A new collector of the statistic `name` for a site.
 
@@ -199,5 +221,8 @@ def collector(name: str, *, site: str) -> Collector:
         PlanError: no statistic has that name.
     """
     if name not in STATISTICS:
-        raise PlanError(f"no statistic named {name!r}", fix=f"there are: {', '.join(STATISTICS)}")
+        raise PlanError(
+            f"no statistic named {name!r}",
+            fix=f"there are: {', '.join([*STATISTICS, *_OF_PRODUCERS])}, and those of gradients",
+        )
     return STATISTICS[name](site)

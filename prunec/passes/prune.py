@@ -15,14 +15,13 @@ from prunec.graph.interpreter import Stream
 from prunec.graph.memory import release_freed
 from prunec.graph.selection import BoolArray, Keep, Selection
 from prunec.importance.curves import Criterion
+from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
-from prunec.importance.statistics import collector
 from prunec.passes.budget import Budget
 from prunec.passes.compensation import Compensation
+from prunec.passes.measure import Measurement, Statistics
 from prunec.passes.sites import Site, site_parameters, site_problem
 from prunec.passes.slice import Weights
-
-Statistics = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,29 +64,32 @@ def prune_sites(
     compensation: Compensation,
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    prior: Statistics | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
 
     A weight that several calls share is pruned first, on the dense model's inputs at all of them.
 
+    Args:
+        prior: statistics that were taken before, such as those of gradients.
+
     Raises:
         VerifyError: NaN or Inf at a site.
         PlanError: what is left over at the end is more than whole units explain.
     """
     weights = Weights(coupling, coupling.program.state)
-    worker = _Worker(coupling, criterion, compensation, weights, budget)
+    worker = _Worker(coupling, criterion, compensation, weights, budget, prior or {})
     shared = [site for site in sites if len(site.nodes) > 1]
     single = [site for site in sites if len(site.nodes) == 1]
     with progress.task("pruning", total=len(sites)) as task:
         for site in shared:
-            worker.visit(site, worker.stream(batches))
+            worker.visit(site, worker.measurement(batches, [site]))
             task.advance()
-        stream = worker.stream(batches) if single else None
+        measurement = worker.measurement(batches, single)
         for site in single:
-            assert stream is not None
             task.update(f"pruning {site.name}")
-            worker.visit(site, stream)
+            worker.visit(site, measurement)
             task.advance()
     budget.close()
     return Pruned(weights, weights.selection, tuple(worker.reports))
@@ -103,18 +105,22 @@ class _Worker:
         compensation: Compensation,
         weights: Weights,
         budget: Budget,
+        prior: Statistics,
     ):
         self._coupling = coupling
         self._criterion = criterion
         self._compensation = compensation
         self._weights = weights
         self._budget = budget
+        self._prior = prior
         self.reports: list[SiteReport] = []
 
-    def stream(self, batches: Sequence[Mapping[str, Tensor]]) -> Stream:
+    def measurement(
+        self, batches: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
+    ) -> Measurement:
         coupling, weights = self._coupling, self._weights
         device = weights(next(iter(coupling.program.parameters))).device
-        return Stream(
+        stream = Stream(
             coupling.program,
             coupling.layout,
             batches,
@@ -122,14 +128,17 @@ class _Worker:
             selection=weights.selection,
             device=device,
         )
+        names = self._criterion.statistics | self._compensation.statistics
+        return Measurement(stream, sites, names - set(GRADIENT_STATISTICS))
 
-    def visit(self, site: Site, stream: Stream) -> None:
+    def visit(self, site: Site, measurement: Measurement) -> None:
         problem = site_problem(site, self._coupling, self._weights.tensors)
         wanted = self._budget.want(site)
         if wanted <= 0:
+            measurement.skip(site)
             self._report(site, problem, 0, wanted, {}, None)
             return
-        statistics = self._collect(site, stream)
+        statistics = {**self._prior, **measurement.take(site)}
         curve = self._criterion.rank(problem, statistics, limit=wanted)
         steps = curve.steps_for(wanted)
         removed = int(curve.parameters[steps - 1]) if steps else 0
@@ -137,24 +146,9 @@ class _Worker:
         self._budget.spend(removed)
         kept = curve.keep(problem, steps)
         if steps:
-            self._apply(site, problem, statistics, kept, stream)
+            self._apply(site, problem, statistics, kept, measurement.stream)
         error = _relative(loss, problem.weight, statistics)
         self._report(site, problem, removed, wanted, kept, error)
-
-    def _collect(self, site: Site, stream: Stream) -> Statistics:
-        names = sorted(self._criterion.statistics | self._compensation.statistics)
-        if not names:
-            return {}
-        collectors = {name: collector(name, site=site.name) for name in names}
-
-        def update(batch: int, value: Tensor) -> None:
-            tokens = stream.real_tokens(batch, value)
-            for statistic in collectors.values():
-                statistic.update(value, tokens)
-
-        for node, operand in zip(site.nodes, site.operands, strict=True):
-            stream.advance(node, operand, update)
-        return {name: statistic.finish() for name, statistic in collectors.items()}
 
     def _apply(
         self,

@@ -7,6 +7,7 @@ statistics are taken of.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,21 @@ from prunec.importance.problem import SiteProblem, UnitSet
 
 
 @dataclass(frozen=True)
+class Producer:
+    """A weight that makes units of a site: they lie on its output axis.
+
+    Attributes:
+        parameter: the weight's name.
+        axis: its output axis.
+        calls: per call in graph order, the node and the operand that the weight multiplies.
+    """
+
+    parameter: str
+    axis: int
+    calls: tuple[tuple[fx.Node, fx.Node], ...]
+
+
+@dataclass(frozen=True)
 class Site:
     """A weight that reads the units of some groups, and the calls in which it does.
 
@@ -31,6 +47,7 @@ class Site:
         operands: per call, the value that carries the units.
         groups: the groups whose units are read, major first.
         block: the repeated block it lies in, if any.
+        producers: the weights that make the units, in graph order.
     """
 
     parameter: str
@@ -39,6 +56,7 @@ class Site:
     operands: tuple[fx.Node, ...]
     groups: tuple[Group, ...]
     block: str | None
+    producers: tuple[Producer, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,24 +72,26 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _Product:
+    """A product of a weight, and which axis of it a leaf lies on."""
+
     node: fx.Node
     operand: fx.Node
     parameter: str
     axis: int
 
 
-# operator -> (input, weight, the weight's input axis)
+# operator -> (input, weight, the weight's input axis, its output axis)
 _PRODUCTS = {
-    "aten::linear": ("input", "weight", 1),
-    "aten::addmm": ("mat1", "mat2", 0),
-    "aten::mm": ("self", "mat2", 0),
+    "aten::linear": ("input", "weight", 1, 0),
+    "aten::addmm": ("mat1", "mat2", 0, 1),
+    "aten::mm": ("self", "mat2", 0, 1),
 }
 
 
 def find_sites(coupling: CouplingGraph, kinds: Collection[str]) -> tuple[list[Site], list[Skipped]]:
     """The sites of all groups of these kinds, in graph order, and the groups that have none."""
-    reads = _reads(coupling)
+    reads, makes = _products(coupling)
     places: dict[tuple[str, int], list[Group]] = {}
     skipped: list[Skipped] = []
     for group in coupling.groups:
@@ -96,28 +116,42 @@ def find_sites(coupling: CouplingGraph, kinds: Collection[str]) -> tuple[list[Si
                 operands=tuple(read.operand for read in at),
                 groups=tuple(sorted(groups, key=lambda group: len(group.companions))),
                 block=blocks.pop() if len(blocks) == 1 else None,
+                producers=_producers([make for group in groups for make in makes[group.dim]]),
             )
         )
     return sorted(sites, key=lambda site: order[site.nodes[-1]]), skipped
 
 
-def _reads(coupling: CouplingGraph) -> dict[Dim, list[_Read]]:
-    """Per leaf, the products with a weight that sum over it."""
+def _products(
+    coupling: CouplingGraph,
+) -> tuple[dict[Dim, list[_Product]], dict[Dim, list[_Product]]]:
+    """Per leaf, the products with a weight that sum over it, and those whose result carries it."""
     program, layout = coupling.program, coupling.layout
-    found: dict[Dim, list[_Read]] = {}
+    reads: dict[Dim, list[_Product]] = defaultdict(list)
+    makes: dict[Dim, list[_Product]] = defaultdict(list)
     for node in program.graph.nodes:
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         if name not in _PRODUCTS:
             continue
-        operand, weight, axis = _PRODUCTS[name]
+        operand, weight, read_axis, made_axis = _PRODUCTS[name]
         call = layout.call(node)
         parameter = program.bindings.get(call.arg(weight).name)
         if parameter in program.parameters:
-            for leaf in call.dims(weight)[axis].leaves():
-                found.setdefault(leaf, []).append(
-                    _Read(node, call.arg(operand), str(parameter), axis)
-                )
-    return found
+            for found, axis in ((reads, read_axis), (makes, made_axis)):
+                product = _Product(node, call.arg(operand), str(parameter), axis)
+                for leaf in call.dims(weight)[axis].leaves():
+                    found[leaf].append(product)
+    return reads, makes
+
+
+def _producers(makes: Sequence[_Product]) -> tuple[Producer, ...]:
+    calls: dict[tuple[str, int], dict[fx.Node, fx.Node]] = {}
+    for make in makes:
+        calls.setdefault((make.parameter, make.axis), {})[make.node] = make.operand
+    return tuple(
+        Producer(parameter, axis, tuple(found.items()))
+        for (parameter, axis), found in calls.items()
+    )
 
 
 def site_problem(site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tensor]) -> SiteProblem:
@@ -136,6 +170,8 @@ def site_problem(site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tens
         unit_sets=tuple(_unit_set(group, coupling, columns) for group in site.groups),
         parameters={name: tensors[name] for name in names},
         size=size,
+        reader=(site.parameter, site.axis),
+        producers=tuple((made.parameter, made.axis) for made in site.producers),
     )
 
 

@@ -1,0 +1,110 @@
+"""Statistics of a site while the batches stream by: of its own input, and of its producers'."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from prunec.graph.interpreter import Stream
+from prunec.importance.statistics import Collector, collector, producer_statistics, statistic_of
+from prunec.passes.sites import Site
+
+Statistics = Mapping[str, Tensor]
+"""One tensor per name that a criterion or a compensation declares; of a producer or a gradient,
+per parameter (see `statistic_of`)."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """A call before which a value is shown to the collectors of one site."""
+
+    position: int
+    node: fx.Node
+    operand: fx.Node
+    site: str
+    collectors: tuple[Collector, ...]
+
+
+class Measurement:
+    """The statistics of some sites, taken in one pass of a stream.
+
+    Each site's collectors live from the first call that they watch to :meth:`take`. What makes a
+    site's units may run before an earlier site is reached (attention beside an FFN), so the stops
+    of all sites are kept in the order of the graph.
+    """
+
+    def __init__(self, stream: Stream, sites: Sequence[Site], names: Collection[str]):
+        self.stream = stream
+        self._collectors: dict[str, dict[str, Collector]] = {}
+        order = {node: i for i, node in enumerate(stream.program.graph.nodes)}
+        stops = [stop for site in sites for stop in self._stops(site, names, order)]
+        self._pending = sorted(stops, key=lambda stop: stop.position)
+
+    def take(self, site: Site) -> Statistics:
+        """Run the stream up to the site, and hand its statistics over.
+
+        Raises:
+            VerifyError: NaN or Inf on the way, or no token.
+        """
+        while any(stop.site == site.name for stop in self._pending):
+            self._advance()
+        collectors = self._collectors.pop(site.name)
+        finished = {statistic: statistic.finish() for statistic in set(collectors.values())}
+        return {key: finished[statistic] for key, statistic in collectors.items()}
+
+    def skip(self, site: Site) -> None:
+        """Take no statistics of this site."""
+        self._pending = [stop for stop in self._pending if stop.site != site.name]
+        self._collectors.pop(site.name)
+
+    def _stops(
+        self, site: Site, names: Collection[str], order: Mapping[fx.Node, int]
+    ) -> list[_Stop]:
+        of_producers = producer_statistics(names)
+        own = {
+            name: collector(name, site=site.name) for name in sorted(set(names) - set(of_producers))
+        }
+        known: dict[str, Collector] = dict(own)
+        watched = [
+            (node, operand, tuple(own.values()))
+            for node, operand in zip(site.nodes, site.operands, strict=True)
+        ]
+        # Producers that multiply the same value (gate and up; q, k and v) share its statistics.
+        taken: dict[tuple[fx.Node, ...], dict[str, Collector]] = {}
+        for producer in site.producers:
+            operands = tuple(operand for _, operand in producer.calls)
+            if operands not in taken:
+                place = f"{producer.parameter}, which feeds {site.name}"
+                taken[operands] = {
+                    name: collector(base, site=place) for name, base in of_producers.items()
+                }
+                there = tuple(taken[operands].values())
+                watched += [(node, operand, there) for node, operand in producer.calls]
+            for name, statistic in taken[operands].items():
+                known[statistic_of(name, producer.parameter)] = statistic
+        self._collectors[site.name] = known
+        return [
+            _Stop(order[node], node, operand, site.name, collectors)
+            for node, operand, collectors in watched
+            if collectors
+        ]
+
+    def _advance(self) -> None:
+        """To the next call that is watched."""
+        node = self._pending[0].node
+        here = [stop for stop in self._pending if stop.node is node]
+        self._pending = self._pending[len(here) :]
+        by_operand: dict[fx.Node, list[Collector]] = {}
+        for stop in here:
+            by_operand.setdefault(stop.operand, []).extend(stop.collectors)
+        assert len(by_operand) == 1, f"{node.name} reads units through two operands"
+        ((operand, collectors),) = by_operand.items()
+
+        def update(batch: int, value: Tensor) -> None:
+            tokens = self.stream.real_tokens(batch, value)
+            for statistic in collectors:
+                statistic.update(value, tokens)
+
+        self.stream.advance(node, operand, update)

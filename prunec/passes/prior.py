@@ -1,0 +1,49 @@
+"""Statistics that are taken before anything is pruned: those of the loss's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from prunec.events import Progress, silent
+from prunec.graph.trace import Loss, trace_loss
+from prunec.importance.gradients import GRADIENT_STATISTICS, gradient_statistics
+from prunec.models.loss import loss_samples, own_loss
+from prunec.passes.sites import Site
+
+
+def prior_statistics(
+    model: nn.Module,
+    sites: Sequence[Site],
+    names: Collection[str],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    loss: Loss | None = None,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """The gradient statistics among ``names`` of every member of the sites' groups.
+
+    Args:
+        batches: inputs by name; an index of their first axis is a sample.
+        loss: ``loss(model, inputs)``, a scalar for one sample; by default the model's own, with
+            the inputs' ``labels``, or their tokens where there are none.
+
+    Raises:
+        PlanError: the model has no loss of its own and none is given.
+        TraceError: the loss cannot be traced or differentiated.
+    """
+    wanted = set(names) & set(GRADIENT_STATISTICS)
+    if not wanted:
+        return {}
+    samples = loss_samples(model, batches, labels=loss is None)
+    with progress.task("trace the loss"):
+        program = trace_loss(model, loss or own_loss, samples[0])
+    axes = dict.fromkeys(
+        (member.parameter, member.axis)
+        for site in sites
+        for group in site.groups
+        for member in group.members
+    )
+    device = program.state[sites[0].parameter].device
+    return gradient_statistics(program, samples, wanted, axes, device=device, progress=progress)
