@@ -1,6 +1,6 @@
 """Run as a file, in a process of its own, by prunec.codegen.gate: opens a directory as a stranger.
 
-Imports nothing of prunec, and sees to it that nothing else can. argv: the folder of the job
+Imports nothing of prunec, and sees to it that nothing else can. argv: folders of one job each
 (job.json, tensors.safetensors); the findings go to findings.json there.
 """
 
@@ -113,13 +113,12 @@ def generate(model: Any, inputs: dict[str, Any], job: dict[str, Any], problems: 
         same &= tokens[0] == tokens[1]
 
 
-def main(folder: Path) -> None:
-    """Do the job in `folder`."""
-    sys.meta_path.insert(0, WithoutPrunec())
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+def problems_of(folder: Path) -> list[str]:
+    """Do the job in `folder`: what is wrong with its directory."""
     import torch
     from safetensors.torch import load_file
 
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     tensors = load_file(folder / "tensors.safetensors")
     problems: list[str] = []
@@ -136,8 +135,20 @@ def main(folder: Path) -> None:
     del model
     if job["custom"] and job["auto"] != "AutoModel" and not problems:
         opened(job, "AutoModel", head, problems)
-    (folder / "findings.json").write_text(json.dumps(problems), encoding="utf-8")
+    return problems
+
+
+def main(folders: list[Path]) -> None:
+    """Do the jobs one after the other; one that breaks does not stop the rest."""
+    sys.meta_path.insert(0, WithoutPrunec())
+    for folder in folders:
+        try:
+            problems = problems_of(folder)
+        except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+            said = next(iter(str(error).splitlines()), "")
+            problems = [f"it does not open: {type(error).__name__}: {said}"]
+        (folder / "findings.json").write_text(json.dumps(problems), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(argument) for argument in sys.argv[1:]])

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +40,41 @@ def accept(model: Any, directory: Path, auto: str, example: Mapping[str, Tensor]
     Raises:
         VerifyError: naming every difference.
     """
-    if model.device.type != "cpu":  # where the other side runs
-        model = assemble(model, {name: tensor.cpu() for name, tensor in tensors_of(model).items()})
-    acceptance.align(model)  # as the other side does: values stay, addresses change
-    plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
-    battery = [c for c in plain if not c.decode]
-    custom = "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="prunec-gate-") as folder:
-        job = {
-            "directory": str(directory),
-            "auto": auto,
-            "custom": custom,
-            "attention": _attention(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "tolerance": tolerance(model),
-            "cases": [check.name for check in battery],
-            "generates": any(c.decode for c in plain),
-            "pad_token_id": _pad_token(model),
-        }
-        _write(Path(folder), job, _tensors(model, battery))
-        problems = _run(Path(folder))
+        compared = prepare(model, directory, auto, example, Path(folder))
+        (problems,) = reopen([Path(folder)])
     if problems:
         raise VerifyError(
             "the written directory is not the model in memory",
             where="; ".join(problems),
             so="nothing was delivered",
         )
+    return compared
+
+
+def prepare(
+    model: Any, directory: Path, auto: str, example: Mapping[str, Tensor], folder: Path
+) -> list[str]:
+    """Write into `folder` what a fresh process is to find in `directory`; what it will compare."""
+    if model.device.type != "cpu":  # where the other side runs
+        model = assemble(model, {name: tensor.cpu() for name, tensor in tensors_of(model).items()})
+    acceptance.align(model)  # as the other side does: values stay, addresses change
+    plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
+    battery = [c for c in plain if not c.decode]
+    job = {
+        "directory": str(directory),
+        "auto": auto,
+        "custom": "auto_map" in json.loads((directory / "config.json").read_text("utf-8")),
+        "attention": _attention(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "tolerance": tolerance(model),
+        "cases": [check.name for check in battery],
+        "generates": any(c.decode for c in plain),
+        "pad_token_id": _pad_token(model),
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    save_file(_tensors(model, battery), folder / "tensors.safetensors")
     generation = ["generate, cached"] if job["generates"] else []
     return [f"{check.name} (fresh process)" for check in battery] + generation
 
@@ -93,24 +101,24 @@ def _tensors(model: Any, battery: list[Check]) -> dict[str, Tensor]:
     return found
 
 
-def _write(folder: Path, job: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    save_file(tensors, folder / "tensors.safetensors")
+def reopen(folders: Sequence[Path]) -> list[list[str]]:
+    """Do the prepared jobs in one process without prunec; for each, the problems found."""
+    with tempfile.TemporaryDirectory(prefix="prunec-modules-") as modules:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": modules,  # nothing of ours stays in the user's cache
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        command = [sys.executable, "-P", str(Path(acceptance.__file__)), *map(str, folders)]
+        done = subprocess.run(
+            command, cwd=modules, env=environment, capture_output=True, text=True, check=False
+        )
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return [_findings(folder / "findings.json", last) for folder in folders]
 
 
-def _run(folder: Path) -> list[str]:
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder / "modules"),  # nothing of ours stays in the user's cache
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    command = [sys.executable, "-P", str(Path(acceptance.__file__)), str(folder)]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    findings = folder / "findings.json"
-    if done.returncode or not findings.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+def _findings(file: Path, last: str) -> list[str]:
+    if not file.exists():
         return [f"it does not open: {last}"]
-    return [str(problem) for problem in json.loads(findings.read_text(encoding="utf-8"))]
+    return [str(problem) for problem in json.loads(file.read_text(encoding="utf-8"))]

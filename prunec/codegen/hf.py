@@ -52,10 +52,10 @@ def save(
         ExportError: this model or this place cannot take it.
         VerifyError: the directory is not the model; nothing is delivered.
     """
-    auto = _check_model(shrunk.model)
+    auto = check_model(shrunk.model)
     with staged(Path(directory), overwrite=overwrite) as folder:
         with progress.task("write the directory"), quiet():
-            _write(shrunk.model, folder, max_shard_size)
+            write_model(shrunk.model, folder, max_shard_size)
         try:
             with progress.task("open it in a fresh process without prunec"), quiet():
                 found = accept(shrunk.model, folder, auto, shrunk.example)
@@ -64,14 +64,14 @@ def save(
                 raise
             shrunk = _without_stock(shrunk, f"its own class gives other numbers: {error.where}")
             with quiet():
-                _write(shrunk.model, folder, max_shard_size)
+                write_model(shrunk.model, folder, max_shard_size)
                 found = accept(shrunk.model, folder, auto, shrunk.example)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
 
 
-def _check_model(model: Any) -> str:
+def check_model(model: Any) -> str:
     """Name of the Auto class for the model's task."""
     found, cls = auto_classes(model), stock_class(model)
     if not found:
@@ -92,7 +92,8 @@ def _without_stock(shrunk: Shrunk, reason: str) -> Shrunk:
     return shrunk
 
 
-def _write(model: Any, folder: Path, max_shard_size: str) -> None:
+def write_model(model: Any, folder: Path, max_shard_size: str) -> None:
+    """Weights, config and, where the class is a generated one, its file; replaces what is there."""
     for old in folder.iterdir():
         old.unlink()
     try:

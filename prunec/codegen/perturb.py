@@ -60,10 +60,11 @@ def free_knobs(model: nn.Module, candidates: Iterable[Candidate]) -> set[Candida
     if stock is None:
         return set()
     fields = {name: value for name, value in numbers_of(config).items() if value in values}
-    found = set()
+    before, found = dict(stock.named_modules()), set()
     for name, other in _perturbations(model, fields):
+        after = dict(other.named_modules())  # with fewer layers, perhaps
         for candidate in suspects:
-            pairs = [(stock.get_submodule(p), other.get_submodule(p)) for p in candidate.modules]
+            pairs = [(before[p], after[p]) for p in candidate.modules if p in before and p in after]
             if any(_is_knob(candidate.name, name, *pair) for pair in pairs):
                 found.add(candidate)
     return found
@@ -96,7 +97,7 @@ def grown_together(model: nn.Module, candidate: Candidate) -> set[Values]:
     before = stock.get_submodule(path)
     found = set()
     for _, other in _perturbations(model, numbers_of(config)):
-        after = other.get_submodule(path)
+        after = dict(other.named_modules()).get(path, before)
         old, new = numbers(before).get(candidate.name), numbers(after).get(candidate.name)
         if isinstance(old, int) and isinstance(new, int) and old != new:
             grown = _grown(before, after, old, new)

@@ -152,7 +152,7 @@ def redraw(model: nn.Module, sliced: Sliced, seed: int = 0) -> Sliced:
         return drawn[id(like)]
 
     given = sorted(sliced.weights.items())  # one order: the same numbers in every process
-    weights = {name: draw(name, w) for name, w in given if w.is_floating_point()}
+    weights = {name: draw(name, w) for name, w in given if isinstance(old.get(name), nn.Parameter)}
     added = {name: draw(name, w) for name, w in sorted(sliced.added.items())}
     return Sliced({**sliced.weights, **weights}, sliced.keep, sliced.extents, added)
 

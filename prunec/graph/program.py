@@ -25,6 +25,7 @@ class Program:
         parameters: names of the bound tensors that are parameters (trainable or not).
         tied: other names of a parameter -> its canonical name.
         example: the inputs the program was traced with; the graph holds for their shapes only.
+        buffers: names of the bound tensors that are buffers saved with the model.
     """
 
     graph_module: fx.GraphModule
@@ -34,6 +35,7 @@ class Program:
     parameters: frozenset[str]
     tied: Mapping[str, str]
     example: Mapping[str, Tensor] = field(repr=False)
+    buffers: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:

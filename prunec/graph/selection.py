@@ -298,9 +298,9 @@ class Sliced:
     """What a plan did to a model's parameters: the seam between the passes and codegen.
 
     Attributes:
-        weights: every parameter by its name in the model, at its new size; tied names share one
-            tensor object.
-        keep: for every changed parameter, per axis, the sorted kept indices of the original axis
+        weights: every parameter by its name in the model, and every saved buffer that changes (the
+            statistics of a batch norm), at its new size; tied names share one tensor object.
+        keep: for each of them that changed, per axis, the sorted kept indices of the original axis
             (None: the whole axis).
         extents: the sizes that changed.
         added: parameters that the stock model lacks (fitted biases).

@@ -201,6 +201,7 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         bindings[placeholder] = name
         state[name] = owned[name] if name in owned else constants[source]
     parameters = {canonical[name] for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = {canonical[name] for name in model.state_dict() if name in canonical}
     _clean(graph_module.graph, set(signature.user_outputs))
     graph_module.recompile()
     return Program(
@@ -211,6 +212,7 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         parameters=frozenset(parameters & set(state)),
         tied={name: first for name, first in canonical.items() if name != first},
         example=inputs,
+        buffers=frozenset((saved - parameters) & set(state)),
     )
 
 

@@ -106,6 +106,7 @@ def slice_program(
         parameters=program.parameters,
         tied=program.tied,
         example=program.example,
+        buffers=program.buffers,
     )
 
 
@@ -155,8 +156,10 @@ def sliced_parameters(
 ) -> Sliced:
     """What codegen needs to know of a selection: weights by name, kept indices, changed extents."""
     program, layout = coupling.program, coupling.layout
-    names = {name: name for name in program.parameters} | {
-        alias: name for alias, name in program.tied.items() if name in program.parameters
+    touched = {n for n in program.buffers if any(map(selection.touches, layout.parameters[n]))}
+    owned = program.parameters | touched
+    names = {name: name for name in owned} | {
+        alias: name for alias, name in program.tied.items() if name in owned
     }
     keep = {}
     carriers: dict[tuple[int, int], set[str]] = {}

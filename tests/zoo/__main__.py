@@ -1,7 +1,9 @@
-"""`python -m zoo [TYPE ...]`: examine architectures, resume where the last run stopped.
+"""`python -m zoo [TYPE ...]`: examine and deliver architectures, resume where the last run stopped.
 
-One forked process a type, so that a crash or a hang costs that type only. A record is reused while
-the type's configuration and the sources of the analysis are what they were.
+Two steps. `examine`: trace, couple, both oracles, wrong slices. `deliver`: shrink, write, and reopen
+the directories of many types in one fresh process. One forked process a type, so that a crash or a
+hang costs that type only. A record is reused while the type's configuration and the sources that
+it depends on are what they were; `--minutes` ends a shard, and the next run goes on from there.
 """
 
 from __future__ import annotations
@@ -11,73 +13,97 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from torch import Tensor, nn
 
+from prunec.codegen.gate import reopen
 from zoo import configs, report
 from zoo.check import examine
+from zoo.deliver import deliver
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".zoo"
-SOURCES = (
-    "prunec/graph",
-    "prunec/passes/slice.py",
-    "prunec/passes/oracle.py",
-    "tests/zoo/check.py",
+BATCH = 20  # directories that one fresh process opens
+ANALYSIS = ("prunec/graph", "prunec/passes/slice.py", "prunec/passes/oracle.py")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the two things done with a type, and the sources that its record depends on."""
+
+    name: str
+    done: str
+    sources: tuple[str, ...]
+    work: Callable[[nn.Module, dict[str, Tensor], Path], Record]
+
+    def file(self, name: str) -> Path:
+        return CACHE / self.name / f"{name.replace('/', '.')}.json"
+
+    def directory(self, name: str) -> Path:
+        return CACHE / "directories" / name.replace("/", ".")
+
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for source in self.sources:
+            path = ROOT / source
+            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+                if "render" not in file.parts:
+                    digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _examined(model: nn.Module, inputs: dict[str, Tensor], _: Path) -> Record:
+    return examine(model, inputs)
+
+
+EXAMINE = Step("examine", "exact", (*ANALYSIS, "tests/zoo/check.py"), _examined)
+DELIVER = Step(
+    "deliver", "reopened", (*ANALYSIS, "prunec/codegen", "tests/zoo/deliver.py"), deliver
 )
-
-
-def sources_digest() -> str:
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        path = ROOT / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+STEPS = {step.name: step for step in (EXAMINE, DELIVER)}
 
 
 def main() -> int:
     arguments = _parse()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    CACHE.mkdir(exist_ok=True)
-    types = arguments.types or list(configs.all_types(arguments.family))
-    sources = sources_digest()
-    _warm_up()
-    context = multiprocessing.get_context("fork")
-    for number, name in enumerate(types, start=1):
-        file = CACHE / f"{name.replace('/', '.')}.json"
-        old = json.loads(file.read_text()) if file.exists() else {}
-        if _reusable(old, sources, arguments):
-            continue
-        start = time.perf_counter()
-        process = context.Process(target=_work, args=(name, sources, file))
-        process.start()
-        process.join(arguments.timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            _write(file, {"type": name, "status": "timeout", "sources": sources, "failures": []})
-        elif process.exitcode:
-            reason = f"the process ended with {process.exitcode}"
-            record = {"type": name, "status": "died", "reason": reason, "failures": []}
-            _write(file, {**record, "sources": sources})
-        record = json.loads(file.read_text())
-        seconds = time.perf_counter() - start
-        line = f"{number:3}/{len(types)} {name:32} {record['status']:12} {seconds:5.1f} s"
-        sys.stdout.write(f"{line}  {report.first_failure(record)}\n")
-        sys.stdout.flush()
-    report.write(CACHE, ROOT)
+    types = arguments.types or configs.all_types(arguments.family)
+    end = time.monotonic() + 60 * arguments.minutes
+    if not arguments.report:
+        _warm_up()
+        for name in arguments.step:
+            _sweep(STEPS[name], types, arguments, end)
+    digests = {step.name: step.digest() for step in STEPS.values()}
+    report.write(CACHE, ROOT, digests)
     return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--family", default="all", choices=[*configs.FAMILIES, "all"])
+    parser.add_argument("--step", nargs="*", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--timeout", type=float, default=240, help="seconds a type and step")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no type after these")
+    parser.add_argument("--failed", action="store_true", help="only those that failed so far")
+    parser.add_argument("--force", action="store_true", help="examine again what is known")
+    parser.add_argument("--report", action="store_true", help="only write the tables")
+    return parser.parse_args()
 
 
 def _warm_up() -> None:
@@ -86,29 +112,59 @@ def _warm_up() -> None:
     examine(layer, {"input": torch.ones(2, 2)})
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--family", default="causal", choices=[*configs.FAMILIES, "all"])
-    parser.add_argument("--timeout", type=float, default=240, help="seconds a type")
-    parser.add_argument("--failed", action="store_true", help="only those not exact so far")
-    parser.add_argument("--force", action="store_true", help="examine again what is known")
-    return parser.parse_args()
+def _sweep(step: Step, types: list[str], arguments: argparse.Namespace, end: float) -> None:
+    sources = step.digest()
+    (CACHE / step.name).mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    for number, name in enumerate(types, start=1):
+        if time.monotonic() > end:
+            break
+        file = step.file(name)
+        old = json.loads(file.read_text()) if file.exists() else {}
+        if _reusable(old, step, sources, arguments):
+            continue
+        start = time.perf_counter()
+        _forked(step, name, sources, arguments.timeout)
+        record = json.loads(file.read_text())
+        seconds = time.perf_counter() - start
+        line = f"{number:3}/{len(types)} {name:32} {record['status']:12} {seconds:5.1f} s"
+        sys.stdout.write(f"{line}  {report.first_failure(record)}\n")
+        sys.stdout.flush()
+        written += [name] if record["status"] == "written" else []
+        if len(written) == BATCH:
+            _reopened(step, written)
+            written = []
+    _reopened(step, written)
 
 
-def _reusable(old: dict[str, Any], sources: str, arguments: argparse.Namespace) -> bool:
+def _reusable(old: Record, step: Step, sources: str, arguments: argparse.Namespace) -> bool:
     if not old or arguments.force:
         return False
     if arguments.failed:
-        return bool(old["status"] == "exact")
+        return bool(old["status"] == step.done)
     same = old.get("config") == configs.digest(old["type"])
-    return bool(old["sources"] == sources and same)
+    return bool(old["sources"] == sources and same and old["status"] != "written")
 
 
-def _work(name: str, sources: str, file: Path) -> None:
-    """In the child: build, examine, write."""
+def _forked(step: Step, name: str, sources: str, timeout: float) -> None:
+    file = step.file(name)
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(step, name, sources))
+    process.start()
+    process.join(timeout)
+    record: Record = {"type": name, "sources": sources, "failures": []}
+    if process.is_alive():
+        process.kill()
+        process.join()
+        _write(file, {**record, "status": "timeout"})
+    elif process.exitcode:
+        reason = f"the process ended with {process.exitcode}"
+        _write(file, {**record, "status": "died", "reason": reason})
+
+
+def _work(step: Step, name: str, sources: str) -> None:
+    """In the child: build, do the step, write the record."""
     torch.set_num_threads(1)
-    record: dict[str, Any] = {"type": name, "sources": sources, "failures": []}
+    record: Record = {"type": name, "sources": sources, "failures": []}
     start = time.perf_counter()
     try:
         record["config"] = configs.digest(name)
@@ -116,19 +172,38 @@ def _work(name: str, sources: str, file: Path) -> None:
         inputs = configs.example(model)
     except Exception as error:  # noqa: BLE001 - what transformers cannot build is a finding
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
-        _write(file, {**record, "status": "unbuilt", "reason": reason})
+        _write(step.file(name), {**record, "status": "unbuilt", "reason": reason})
         return
+    directory = step.directory(name)
+    shutil.rmtree(directory, ignore_errors=True)
     try:
-        record.update(examine(model, inputs))
+        record.update(step.work(model, inputs, directory))
     except Exception as error:  # noqa: BLE001 - so is a crash
         lines = traceback.format_exc().strip().splitlines()
         record.update(status="crashed", reason=" | ".join(lines[-4:])[:400])
-        record["failures"] = [{"subject": "examine", "way": "crash", "error": repr(error)[:200]}]
+        record["failures"] = [{"subject": step.name, "way": "crash", "error": repr(error)[:200]}]
     record["seconds"] = round(time.perf_counter() - start, 1)
-    _write(file, record)
+    _write(step.file(name), record)
 
 
-def _write(file: Path, record: dict[str, Any]) -> None:
+def _reopened(step: Step, names: list[str]) -> None:
+    """One fresh process opens the directories of these types; their records say what it found."""
+    if not names:
+        return
+    folders = [step.directory(name) for name in names]
+    for name, folder, problems in zip(names, folders, reopen(folders), strict=True):
+        record = json.loads(step.file(name).read_text())
+        if problems:
+            record.update(status="not reopened", reason="; ".join(problems)[:400])
+        else:
+            record["status"] = "partial" if record["refused"] else step.done
+        _write(step.file(name), record)
+        sys.stdout.write(f"{name:40} {record['status']}  {report.first_failure(record)}\n")
+        shutil.rmtree(folder)
+    sys.stdout.flush()
+
+
+def _write(file: Path, record: Record) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1))
     temporary.replace(file)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from prunec.models.example import example_inputs
+from zoo.overrides import OVERRIDES
+
 BATCH, LENGTH, VOCABULARY = 5, 11, 67
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 6, 3, 8
 
@@ -138,51 +141,24 @@ SIZES: dict[str, int] = {
     "indexer_head_dim": 16,
 }
 
-# by model type: attributes, `None` to leave the default; "example": input names to shapes
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    },
-    "musicgen": {"num_codebooks": 5},
-    "musicgen_melody": {"num_codebooks": 5},
-    "nemotron": {"num_key_value_heads": 3},
-    "qwen4_exp": {"indexer_budget": 4, "indexer_compress_ratio": 2},
-    "qwen4_exp_text": {"indexer_budget": 4, "indexer_compress_ratio": 2},
-    "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "attention_hidden_size": 96,
-        "attention_head_dim": 16,
-    },
-    "codegen": {"n_head": 4, "n_embd": 32, "rotary_dim": 4},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 3, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 52, "moe_num_experts": 9, "moe_top_k": 2},
-    },
-    "diffllama": {"num_key_value_heads": 2},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
-    "gemma3n": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 12},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "n_mamba_heads": 12,
-        "mamba_headdim": 8,
-        "attention_hidden_size": 96,
-        "attention_head_dim": 16,
-    },
-    "zaya": {"num_experts_per_tok": 1},
-}
-
-
 # by family: the table of model classes in transformers. A name is "type", or "family/type".
 FAMILIES = {
-    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "encoder": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+    "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",),
+    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",),
+    "vision": (
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_BACKBONE_MAPPING_NAMES",
+        "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    ),
+    "audio": (
+        "MODEL_FOR_CTC_MAPPING_NAMES",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    ),
+    "vlm": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",),
 }
 
 
@@ -190,8 +166,15 @@ def all_types(family: str = "causal") -> list[str]:
     """The zoo's names of one family, or of all."""
     if family == "all":
         return [name for known in FAMILIES for name in all_types(known)]
-    types = getattr(modeling_auto, FAMILIES[family])
-    return [name if family == "causal" else f"{family}/{name}" for name in types]
+    return [name if family == "causal" else f"{family}/{name}" for name in _classes(family)]
+
+
+def _classes(family: str) -> dict[str, Any]:
+    """Type -> class name (or names) of one family; the first table that has a type counts."""
+    found: dict[str, Any] = {}
+    for table in FAMILIES[family]:
+        found = {**getattr(modeling_auto, table), **found}
+    return found
 
 
 def digest(name: str) -> str:
@@ -209,18 +192,20 @@ def build(name: str) -> nn.Module:
 
 def _model_class(name: str) -> Any:
     family, _, model_type = name.rpartition("/")
-    names = getattr(modeling_auto, FAMILIES[family or "causal"])[model_type]
+    names = _classes(family or "causal")[model_type]
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs of tiny, unusual sizes."""
+    """Inputs of tiny, unusual sizes: tokens, or what `example_inputs` makes for other models."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> Tensor:
         return torch.randint(5, VOCABULARY - 1, (BATCH, length), generator=generator)
 
     config: Any = model.config
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return example_inputs(model)
     if config.is_encoder_decoder and "decoder_input_ids" in signature(model.forward).parameters:
         return {"input_ids": tokens(LENGTH), "decoder_input_ids": tokens(LENGTH - 4)}
     return {"input_ids": tokens(LENGTH)}
