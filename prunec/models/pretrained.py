@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from prunec.errors import ModelError
 from prunec.events import Progress
 from prunec.models.checkpoint import check_weights, read_json
 from prunec.models.quiet import quiet
+from prunec.models.store import Store, tensor_shapes
 
 Weights = Literal["load", "random", "meta"]
 
@@ -75,6 +76,52 @@ def open_directory(directory: Path, opening: Opening) -> nn.Module:
         )
     _check_complete(model, found, directory, opening.progress)
     return _typed(model)
+
+
+def open_stored(directory: Path, opening: Opening) -> tuple[nn.Module, Store]:
+    """The model in a transformers directory on meta, and where its weights can be read.
+
+    transformers itself loads the checkpoint, from tensors that have shapes only: names, dtypes and
+    complaints are those of `open_directory`. Buffers are real.
+
+    Raises:
+        ModelError: as `open_directory`.
+    """
+    config = read_config(directory / "config.json", opening)
+    files = check_weights(directory)
+    entry = _entry(config, opening)
+    shapes = {name: tensor for path in files for name, tensor in tensor_shapes(path).items()}
+    with _opening(directory), quiet():
+        model, found = entry.load(
+            None,
+            config=config,
+            state_dict=shapes,
+            dtype=opening.dtype or _stored_dtype(config, shapes),
+            device_map={"": "meta"},
+            output_loading_info=True,
+            **entry.trust,
+        )
+        _check_complete(model, found, directory, opening.progress)
+        store = Store(model, files)
+        if model.can_generate() and (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    model.config._name_or_path = str(directory)
+    _make_buffers_real(model, build(config, directory, opening), store)
+    return _typed(model), store
+
+
+def _stored_dtype(config: PreTrainedConfig, shapes: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """What dtype="auto" means: that of the config, else of the first floating-point tensor."""
+    floats = (t.dtype for t in shapes.values() if t.is_floating_point())
+    return config.dtype or next(floats, torch.float32)
+
+
+def _make_buffers_real(model: Any, built: nn.Module, store: Store) -> None:
+    """Buffers as the class makes them (rotary frequencies) or as the files hold them."""
+    for name, buffer in dict(built.named_buffers()).items():
+        path, _, leaf = name.rpartition(".")
+        value = store[name] if name in store else buffer
+        model.get_submodule(path)._buffers[leaf] = value
 
 
 def open_config(path: Path, opening: Opening) -> nn.Module:
