@@ -30,7 +30,7 @@ from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
-from prunec.passes.slice import Weights, bound_module, slice_program, slice_state, sliced_parameters
+from prunec.passes.slice import Weights, bound_module, slice_program, sliced_parameters
 from prunec.passes.verify import verify_sliced
 
 __all__ = ["Report", "Result", "apply_plan", "couple", "load", "prune", "register", "trace"]
@@ -260,8 +260,7 @@ def apply_plan(
     with progress.task("trace the model"), clock("trace"):
         coupling = couple(trace(model, example))
     selection = plan.selection(coupling)
-    weights = Weights(coupling, slice_state(coupling, selection, coupling.program.state))
-    weights.selection = selection
+    weights = Weights(coupling, coupling.program.state, selection=selection)
     report = Report(recipe=None, ratio=None, seed=0, **_sizes(coupling, selection))
     return _deliver(model, coupling, weights, plan, report, clock, progress)
 
@@ -314,14 +313,15 @@ def _deliver(
     progress: Progress,
 ) -> Result:
     """Prove the slicing, and put the weights into a smaller module of the same class."""
-    program = slice_program(coupling, weights.selection, weights.tensors)
+    tensors = dict(weights)
+    program = slice_program(coupling, weights.selection, tensors)
     if not _is_transformers(model):
         with progress.task("compare with the masked model"), clock("verify"):
-            difference = verify_sliced(coupling, weights.selection, weights.tensors)
+            difference = verify_sliced(coupling, weights.selection, tensors)
         checks = (f"sliced equals masked within {difference:.1e}",)
         report = replace(report, checks=checks, seconds=clock.seconds)
         return Result(bound_module(program), plan, report, program)
-    sliced = sliced_parameters(coupling, weights.selection, weights.tensors)
+    sliced = sliced_parameters(coupling, weights.selection, tensors)
     with clock("shrink and verify"):
         shrunk = shrink(model, sliced, example=example_inputs(model), progress=progress)
     report = replace(report, checks=shrunk.checks, seconds=clock.seconds)

@@ -65,6 +65,7 @@ def prune_sites(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     prior: Statistics | None = None,
+    weights: Weights | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
@@ -73,23 +74,26 @@ def prune_sites(
 
     Args:
         prior: statistics that were taken before, such as those of gradients.
+        weights: the tensors to begin with; by default those of the program.
 
     Raises:
         VerifyError: NaN or Inf at a site.
         PlanError: what is left over at the end is more than whole units explain.
     """
-    weights = Weights(coupling, coupling.program.state)
+    weights = Weights(coupling, coupling.program.state) if weights is None else weights
     worker = _Worker(coupling, criterion, compensation, weights, budget, prior or {})
     shared = [site for site in sites if len(site.nodes) > 1]
     single = [site for site in sites if len(site.nodes) == 1]
     with progress.task("pruning", total=len(sites)) as task:
         for site in shared:
             worker.visit(site, worker.measurement(batches, [site]))
+            weights.release()
             task.advance()
         measurement = worker.measurement(batches, single)
         for site in single:
             task.update(f"pruning {site.name}")
             worker.visit(site, measurement)
+            weights.release()
             task.advance()
     budget.close()
     return Pruned(weights, weights.selection, tuple(worker.reports))
@@ -119,20 +123,19 @@ class _Worker:
         self, batches: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
     ) -> Measurement:
         coupling, weights = self._coupling, self._weights
-        device = weights(next(iter(coupling.program.parameters))).device
         stream = Stream(
             coupling.program,
             coupling.layout,
             batches,
-            weights,
+            weights.__getitem__,
             selection=weights.selection,
-            device=device,
+            device=weights.device,
         )
         names = self._criterion.statistics | self._compensation.statistics
         return Measurement(stream, sites, names - set(GRADIENT_STATISTICS))
 
     def visit(self, site: Site, measurement: Measurement) -> None:
-        problem = site_problem(site, self._coupling, self._weights.tensors)
+        problem = site_problem(site, self._coupling, self._weights)
         wanted = self._budget.want(site)
         if wanted <= 0:
             measurement.skip(site)
@@ -173,7 +176,7 @@ class _Worker:
             name=site.name,
         )
         updated = {site.parameter: mended.movedim(-1, site.axis).contiguous()}
-        self._weights.select(selection, site_parameters(site), updated)
+        self._weights.select(selection, updated)
         stream.select(selection)
         release_freed()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,35 +14,62 @@ from prunec.graph.resize import ResizedCall, resized_call
 from prunec.graph.selection import Extent, Selection, Sliced
 
 
-class Weights:
+class Weights(Mapping[str, Tensor]):
     """The present tensors of a program: dense at first, sliced as units are removed.
 
-    The tensors given are never changed; a sliced one is a new tensor.
+    One is sliced when it is asked for, and kept until the next `release`; so no more than what is
+    used between two sites is held. The tensors given are never changed.
+
+    Args:
+        state: the dense tensors by name, which may be read from disk as they are asked for.
+        selection: the units that are gone from the start.
+        device: where tensors are wanted; by default where they are.
     """
 
-    def __init__(self, coupling: CouplingGraph, state: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        coupling: CouplingGraph,
+        state: Mapping[str, Tensor],
+        *,
+        selection: Selection | None = None,
+        device: torch.device | None = None,
+    ):
+        self.selection = selection or Selection()
+        self.device = device or state[next(iter(coupling.program.parameters))].device
         self._coupling = coupling
-        self._tensors = dict(state)
-        self.selection = Selection()
+        self._dense = state
+        self._changed: dict[str, tuple[Mapping[str, Tensor], Selection]] = {}
+        self._held: dict[str, Tensor] = {}
 
-    def __call__(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self.read(name).to(self.device)
+        return self._held[name]
 
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self._tensors
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._coupling.program.state)
 
-    def select(
-        self, selection: Selection, members: Iterable[str], updated: Mapping[str, Tensor]
-    ) -> None:
-        """Slice the parameters ``members`` to a selection; ``updated`` ones are given sliced."""
-        before, self.selection = self.selection, selection
-        for name in dict.fromkeys(members):
-            if name in updated:
-                self._tensors[name] = updated[name]
-            else:
-                dims = self._coupling.layout.parameters[name]
-                self._tensors[name] = selection.take(self._tensors[name], dims, before)
+    def __len__(self) -> int:
+        return len(self._coupling.program.state)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor at its present size, not kept; on the device where it is stored."""
+        dims = self._coupling.layout.parameters.get(name)
+        tensors, before = self._changed.get(name, (self._dense, None))
+        return tensors[name] if dims is None else self.selection.take(tensors[name], dims, before)
+
+    def select(self, selection: Selection, updated: Mapping[str, Tensor]) -> None:
+        """Remove units; ``updated`` tensors have the size that the selection leaves.
+
+        They too may lie on disk: `updated` is read when one of them is asked for.
+        """
+        self.selection = selection
+        self._changed |= dict.fromkeys(updated, (updated, selection))
+        self.release()
+
+    def release(self) -> None:
+        """Keep nothing that can be had again."""
+        self._held.clear()
 
 
 def slice_state(
