@@ -113,15 +113,15 @@ def open_stored(directory: Path, opening: Opening) -> tuple[nn.Module, Store]:
 def _stored_dtype(config: PreTrainedConfig, shapes: Mapping[str, torch.Tensor]) -> torch.dtype:
     """What dtype="auto" means: that of the config, else of the first floating-point tensor."""
     floats = (t.dtype for t in shapes.values() if t.is_floating_point())
-    return config.dtype or next(floats, torch.float32)
+    named = config.dtype
+    return named if isinstance(named, torch.dtype) else next(floats, torch.float32)
 
 
 def _make_buffers_real(model: Any, built: nn.Module, store: Store) -> None:
     """Buffers as the class makes them (rotary frequencies) or as the files hold them."""
     for name, buffer in dict(built.named_buffers()).items():
         path, _, leaf = name.rpartition(".")
-        value = store[name] if name in store else buffer
-        model.get_submodule(path)._buffers[leaf] = value
+        model.get_submodule(path)._buffers[leaf] = store.get(name, buffer)
 
 
 def open_config(path: Path, opening: Opening) -> nn.Module:

@@ -1,7 +1,7 @@
 """The weights of a checkpoint by the names of the model that opens it, read one at a time.
 
-Names in a checkpoint are not names of parameters: transformers renames, stacks the experts that lie
-one by one, transposes. A Store carries out its conversions for just the parameter that is asked for.
+Names in a checkpoint are not names of parameters: transformers renames, stacks experts that lie one
+by one, transposes. A Store carries out its conversions for just the parameter that is asked for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Store(Mapping[str, Tensor]):
 
     def __init__(self, model: Any, files: Sequence[Path]) -> None:
         self._model = model
-        self._state = model.state_dict()
+        self._state: dict[str, Tensor] = model.state_dict()
         self._files = {name: path for path in files for name in tensor_shapes(path)}
         metas = {n: t for path in files for n, t in tensor_shapes(path).items()}
         self._homes = {
@@ -87,7 +87,8 @@ class Store(Mapping[str, Tensor]):
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         # The file is mapped for this one read: pages of a file that stays open count as ours.
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).to(dtype, copy=True)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.to(dtype, copy=True)
 
 
 def tensor_shapes(path: Path) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def tensor_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _conversions(
-    model: Any, state: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+    model: Any, state: dict[str, Tensor], sources: Mapping[str, Tensor]
 ) -> list[_Conversion]:
     """Transformers' grouping of the files' tensors (convert_and_load_state_dict_in_model)."""
     mapping = get_model_conversion_mapping(model)

@@ -20,7 +20,7 @@ from prunec.importance.problem import SiteProblem
 from prunec.passes.budget import Budget
 from prunec.passes.compensation import Compensation
 from prunec.passes.measure import Measurement, Statistics
-from prunec.passes.sites import Site, site_parameters, site_problem
+from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
 
 

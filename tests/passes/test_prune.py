@@ -71,10 +71,10 @@ def test_the_total_is_met_and_slicing_equals_masking(ratio: float, recipe: str) 
     one_channel = 3 * LLAMA.config.hidden_size
     assert abs(ratio * before - (before - after)) <= one_channel
     assert parameter_count(coupling, pruned.selection.counts) == sum(
-        pruned.weights(name).numel() for name in coupling.program.parameters
+        pruned.weights[name].numel() for name in coupling.program.parameters
     )
     example = coupling.program.example
-    difference = slicing_difference(coupling, pruned.selection, pruned.weights.tensors, example)
+    difference = slicing_difference(coupling, pruned.selection, pruned.weights, example)
     assert difference < 1e-4
 
 
@@ -83,7 +83,7 @@ def test_compensation_lowers_the_output_error_of_the_same_selection() -> None:
     errors = []
     for compensation in ("none", "obs"):
         coupling, pruned = run(LLAMA, 0.3, compensation=compensation)
-        program = slice_program(coupling, pruned.selection, pruned.weights.tensors)
+        program = slice_program(coupling, pruned.selection, pruned.weights)
         gaps = [program.run(**batch) - dense.run(**batch) for batch in batches()]
         errors.append(sum(float(gap.square().sum()) for gap in gaps))
     assert errors[1] < 0.8 * errors[0]
@@ -104,7 +104,7 @@ def test_a_shared_weight_is_pruned_once_on_the_inputs_of_all_its_calls() -> None
     kinds = {coupling[name].kind for name in Plan.of(coupling, pruned.selection).groups}
     assert kinds == {"ffn_channel", "head"}
     example = coupling.program.example
-    difference = slicing_difference(coupling, pruned.selection, pruned.weights.tensors, example)
+    difference = slicing_difference(coupling, pruned.selection, pruned.weights, example)
     assert difference < 1e-4
 
 
@@ -113,7 +113,7 @@ def test_weights_stored_input_first_are_mended_too() -> None:
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     coupling, pruned = run(GPT2LMHeadModel(config).eval(), 0.3)
     example = coupling.program.example
-    difference = slicing_difference(coupling, pruned.selection, pruned.weights.tensors, example)
+    difference = slicing_difference(coupling, pruned.selection, pruned.weights, example)
     assert difference < 1e-4
     assert {report.block for report in pruned.sites} == {"transformer.h.0", "transformer.h.1"}
 
