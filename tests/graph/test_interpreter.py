@@ -62,9 +62,7 @@ def test_slicing_on_the_way_equals_the_sliced_program(
     program = coupling.program
     batches = [tokens(seed) for seed in range(2)]
     weights = Weights(coupling, program.state)
-    stream = Stream(
-        program, coupling.layout, batches, weights.__getitem__, hold_bytes=hold_bytes
-    )
+    stream = Stream(program, coupling.layout, batches, weights.__getitem__, hold_bytes=hold_bytes)
     sites, _ = find_sites(coupling, KINDS)
     everything = []
     for site in sites:
