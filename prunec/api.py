@@ -21,16 +21,22 @@ from prunec.events import Progress, silent
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
-from prunec.graph.selection import Selection
 from prunec.graph.trace import Example, Loss, trace
 from prunec.models import example_inputs
+from prunec.passes.biases import with_biases
 from prunec.passes.budget import block_budget, block_parameters
 from prunec.passes.plan import Plan
 from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
-from prunec.passes.slice import Weights, bound_module, slice_program, sliced_parameters
+from prunec.passes.slice import (
+    Weights,
+    added_parameters,
+    bound_module,
+    slice_program,
+    sliced_parameters,
+)
 from prunec.passes.verify import verify_sliced
 
 __all__ = ["Report", "Result", "apply_plan", "couple", "load", "prune", "register", "trace"]
@@ -183,7 +189,10 @@ def prune(
     batches = _batches(calibration)
     with progress.task("trace the model"), clock("trace"):
         coupling = couple(trace(model, batches[0]))
-    sites, skipped = find_sites(coupling, chosen.units)
+        sites, skipped = find_sites(coupling, chosen.units)
+        if compensation.bias:
+            coupling = couple(with_biases(coupling.program, sites))
+            sites, skipped = find_sites(coupling, chosen.units)
     budget = block_budget(coupling, sites, allocation, ratio)
     with clock("prune"):
         names = criterion.statistics | compensation.statistics
@@ -206,7 +215,7 @@ def prune(
         sites=pruned.sites,
         skipped=tuple(skipped),
         calibration=_describe(calibration),
-        **_sizes(coupling, pruned.selection),
+        **_sizes(coupling, pruned.weights),
     )
     return _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
 
@@ -261,7 +270,7 @@ def apply_plan(
         coupling = couple(trace(model, example))
     selection = plan.selection(coupling)
     weights = Weights(coupling, coupling.program.state, selection=selection)
-    report = Report(recipe=None, ratio=None, seed=0, **_sizes(coupling, selection))
+    report = Report(recipe=None, ratio=None, seed=0, **_sizes(coupling, weights))
     return _deliver(model, coupling, weights, plan, report, clock, progress)
 
 
@@ -293,12 +302,15 @@ def _describe(calibration: Batches) -> dict[str, Any]:
     }
 
 
-def _sizes(coupling: CouplingGraph, selection: Selection) -> dict[str, Any]:
-    counts = selection.counts
+def _sizes(coupling: CouplingGraph, weights: Weights) -> dict[str, Any]:
+    """Before and after; biases that were fitted where there was none count as the result's."""
+    counts = weights.selection.counts
+    added = added_parameters(coupling.program, weights)
+    fitted = sum(bias.numel() for bias in added.values())
     before, after = block_parameters(coupling), block_parameters(coupling, counts)
     return {
-        "block_parameters": (sum(before.values()), sum(after.values())),
-        "parameters": (parameter_count(coupling), parameter_count(coupling, counts)),
+        "block_parameters": (sum(before.values()), sum(after.values()) + fitted),
+        "parameters": (parameter_count(coupling), parameter_count(coupling, counts) + fitted),
         "flops": (flops(coupling), flops(coupling, counts)),
     }
 

@@ -48,7 +48,7 @@ def test_the_built_ins_are_declared() -> None:
         "wanda",
     ]
     assert registry.names("allocation") == ["log-increase", "uniform"]
-    assert registry.names("compensation") == ["none", "obs"]
+    assert registry.names("compensation") == ["bias", "none", "obs"]
     assert registry.names("exporters") == ["hf"]
 
 

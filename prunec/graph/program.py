@@ -26,6 +26,8 @@ class Program:
         tied: other names of a parameter -> its canonical name.
         example: the inputs the program was traced with; the graph holds for their shapes only.
         buffers: names of the bound tensors that are buffers saved with the model.
+        vacant: names of parameters that the model's modules have a place for but lack, such as
+            the bias of a linear layer without one.
     """
 
     graph_module: fx.GraphModule
@@ -36,10 +38,16 @@ class Program:
     tied: Mapping[str, str]
     example: Mapping[str, Tensor] = field(repr=False)
     buffers: frozenset[str] = frozenset()
+    vacant: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
+
+    @property
+    def added(self) -> frozenset[str]:
+        """Names of bound tensors that fill a vacant place: the model itself lacks them."""
+        return self.vacant & self.state.keys()
 
     def check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Raises TraceError where names or shapes differ from those traced."""

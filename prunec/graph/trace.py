@@ -213,6 +213,12 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         tied={name: first for name, first in canonical.items() if name != first},
         example=inputs,
         buffers=frozenset((saved - parameters) & set(state)),
+        vacant=frozenset(
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is None
+        ),
     )
 
 

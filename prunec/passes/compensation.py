@@ -13,6 +13,19 @@ from prunec.errors import PlanError
 from prunec.importance.factorise import cholesky, damp
 
 
+@dataclass(frozen=True, eq=False)
+class Mended:
+    """What a compensation makes of a site.
+
+    Attributes:
+        weight: ``[out, kept]``, in the dtype and on the device of the weight it came from.
+        bias: fp64 ``[out]``, to be added to what the site computes; None for nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 class Compensation(Protocol):
     """What a compensation plug-in implements: a frozen dataclass whose fields are its options."""
 
@@ -20,24 +33,27 @@ class Compensation(Protocol):
     def statistics(self) -> frozenset[str]:
         """Names of the statistics of the site's input that :meth:`compensate` reads."""
 
+    @property
+    def bias(self) -> bool:
+        """Whether it fits a bias where the model can carry one."""
+
     def compensate(
         self,
         weight: Tensor,
         statistics: Mapping[str, Tensor],
         keep: Tensor,
         *,
+        bias: bool = False,
         name: str = "the site",
-    ) -> Tensor:
-        """New weights of the kept columns.
+    ) -> Mended:
+        """New weights of the kept columns, and a bias where one is fitted.
 
         Args:
             weight: ``[out, columns]``, not changed.
             statistics: of the site's input, all columns; those that :attr:`statistics` names.
             keep: bool ``[columns]``.
+            bias: Whether the model can carry a bias here.
             name: The site, for messages.
-
-        Returns:
-            ``[out, kept]``, in the dtype and on the device of `weight`.
         """
 
 
@@ -46,6 +62,7 @@ class NoCompensation:
     """The kept columns as they are."""
 
     statistics: ClassVar[frozenset[str]] = frozenset()
+    bias: ClassVar[bool] = False
 
     def compensate(
         self,
@@ -53,10 +70,40 @@ class NoCompensation:
         statistics: Mapping[str, Tensor],
         keep: Tensor,
         *,
+        bias: bool = False,
         name: str = "the site",
-    ) -> Tensor:
+    ) -> Mended:
         """The kept columns of `weight`."""
-        return weight[:, keep.to(weight.device)]
+        return Mended(weight[:, keep.to(weight.device)])
+
+
+@dataclass(frozen=True)
+class BiasCompensation:
+    """The mean of what is removed, as a bias: ``b += W_P mean(x_P)`` over the removed columns P.
+
+    FLAP (arXiv 2312.11983, METHODS 4.2). Where the model cannot carry a bias nothing is done.
+    """
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"input_mean"})
+    bias: ClassVar[bool] = True
+
+    def compensate(
+        self,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+        keep: Tensor,
+        *,
+        bias: bool = False,
+        name: str = "the site",
+    ) -> Mended:
+        """The kept columns of `weight` as they are, and the mean output of the others."""
+        kept = keep.to(weight.device)
+        if not bias:
+            return Mended(weight[:, kept])
+        mean = statistics["input_mean"]
+        lost = ~keep.to(mean.device)
+        dense = weight.detach().to(mean.device, torch.float64)
+        return Mended(weight[:, kept], dense[:, lost] @ mean[lost].double())
 
 
 @dataclass(frozen=True)
@@ -75,6 +122,7 @@ class ObsCompensation:
     damping: float = 0.01
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_gram"})
+    bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
@@ -86,8 +134,9 @@ class ObsCompensation:
         statistics: Mapping[str, Tensor],
         keep: Tensor,
         *,
+        bias: bool = False,
         name: str = "the site",
-    ) -> Tensor:
+    ) -> Mended:
         """The kept columns of `weight`, moved to make up for the others.
 
         Raises:
@@ -101,4 +150,4 @@ class ObsCompensation:
         factor = cholesky(damped.matrix(kept), name=name)
         cross = gram[kept[:, None], lost].double() @ dense[:, lost].T
         moved = dense[:, kept] + torch.cholesky_solve(cross, factor).T
-        return moved.to(weight.device, weight.dtype)
+        return Mended(moved.to(weight.device, weight.dtype))

@@ -173,9 +173,13 @@ class _Worker:
             problem.weight,
             statistics,
             torch.from_numpy(mask),
+            bias=site.bias is not None,
             name=site.name,
         )
-        updated = {site.parameter: mended.movedim(-1, site.axis).contiguous()}
+        updated = {site.parameter: mended.weight.movedim(-1, site.axis).contiguous()}
+        if site.bias is not None and mended.bias is not None:
+            before = self._weights[site.bias]
+            updated[site.bias] = (before.double() + mended.bias.to(before.device)).to(before.dtype)
         self._weights.select(selection, updated)
         stream.select(selection)
         release_freed()

@@ -48,6 +48,7 @@ class Site:
         groups: the groups whose units are read, major first.
         block: the repeated block it lies in, if any.
         producers: the weights that make the units, in graph order.
+        bias: name of the parameter that every call, and nothing else, adds to its product.
     """
 
     parameter: str
@@ -57,6 +58,7 @@ class Site:
     groups: tuple[Group, ...]
     block: str | None
     producers: tuple[Producer, ...] = ()
+    bias: str | None = None
 
     @property
     def name(self) -> str:
@@ -79,13 +81,14 @@ class _Product:
     operand: fx.Node
     parameter: str
     axis: int
+    bias: fx.Node | None
 
 
-# operator -> (input, weight, the weight's input axis, its output axis)
+# operator -> (input, weight, the weight's input axis, its output axis, bias)
 _PRODUCTS = {
-    "aten::linear": ("input", "weight", 1, 0),
-    "aten::addmm": ("mat1", "mat2", 0, 1),
-    "aten::mm": ("self", "mat2", 0, 1),
+    "aten::linear": ("input", "weight", 1, 0, "bias"),
+    "aten::addmm": ("mat1", "mat2", 0, 1, "self"),
+    "aten::mm": ("self", "mat2", 0, 1, None),
 }
 
 
@@ -117,6 +120,7 @@ def find_sites(coupling: CouplingGraph, kinds: Collection[str]) -> tuple[list[Si
                 groups=tuple(sorted(groups, key=lambda group: len(group.companions))),
                 block=blocks.pop() if len(blocks) == 1 else None,
                 producers=_producers([make for group in groups for make in makes[group.dim]]),
+                bias=_own_bias(coupling, at),
             )
         )
     return sorted(sites, key=lambda site: order[site.nodes[-1]]), skipped
@@ -133,12 +137,13 @@ def _products(
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         if name not in _PRODUCTS:
             continue
-        operand, weight, read_axis, made_axis = _PRODUCTS[name]
+        operand, weight, read_axis, made_axis, bias = _PRODUCTS[name]
         call = layout.call(node)
         parameter = program.bindings.get(call.arg(weight).name)
+        added = call.arg(bias) if bias else None
         if parameter in program.parameters:
             for found, axis in ((reads, read_axis), (makes, made_axis)):
-                product = _Product(node, call.arg(operand), str(parameter), axis)
+                product = _Product(node, call.arg(operand), str(parameter), axis, added)
                 for leaf in call.dims(weight)[axis].leaves():
                     found[leaf].append(product)
     return reads, makes
@@ -152,6 +157,16 @@ def _producers(makes: Sequence[_Product]) -> tuple[Producer, ...]:
         Producer(parameter, axis, tuple(found.items()))
         for (parameter, axis), found in calls.items()
     )
+
+
+def _own_bias(coupling: CouplingGraph, reads: Sequence[_Product]) -> str | None:
+    """The parameter ``[out]`` that these calls, and no others, add to their product."""
+    program, (bias, *others) = coupling.program, dict.fromkeys(read.bias for read in reads)
+    if bias is None or others or len(coupling.layout.dims(bias)) != 1:
+        return None
+    name = program.bindings.get(bias.name)
+    own = set(bias.users) == {read.node for read in reads}
+    return name if own and name in {*program.parameters, *program.added} else None
 
 
 def site_problem(site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tensor]) -> SiteProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -124,17 +125,7 @@ def slice_program(
         if call.select:
             copies[node] = _select(graph, call, copy, coupling, selection, tables)
     graph.lint()
-    module = fx.GraphModule(tables, graph)
-    return Program(
-        graph_module=module,
-        bindings=program.bindings,
-        inputs=program.inputs,
-        state=dict(state),
-        parameters=program.parameters,
-        tied=program.tied,
-        example=program.example,
-        buffers=program.buffers,
-    )
+    return replace(program, graph_module=fx.GraphModule(tables, graph), state=dict(state))
 
 
 def _select(
@@ -169,13 +160,18 @@ def bound_module(program: Program) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     root = torch.nn.Module()
     for name, tensor in program.state.items():
-        if name in program.parameters:
+        if name in program.parameters | program.added:
             root.register_parameter(names[name], torch.nn.Parameter(tensor, requires_grad=False))
         else:
             root.register_buffer(names[name], tensor)
     for name, table in program.graph_module.named_buffers():
         root.register_buffer(name, table)
     return fx.GraphModule(root, graph)
+
+
+def added_parameters(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that the model lacks; a place where nothing was fitted is zero and left out."""
+    return {name: tensors[name] for name in sorted(program.added) if tensors[name].any()}
 
 
 def sliced_parameters(
@@ -204,4 +200,5 @@ def sliced_parameters(
         if old != new
     )
     weights = {alias: tensors[name] for alias, name in names.items()}
-    return Sliced(weights=weights, keep=keep, extents=extents)
+    added = added_parameters(program, tensors)
+    return Sliced(weights=weights, keep=keep, extents=extents, added=added)

@@ -30,7 +30,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_without_damping_it_is_least_squares_on_the_tokens(seed):
     weight, x, keep = site(seed=seed)
-    got = ObsCompensation(damping=0.0).compensate(weight, {"input_gram": x.T @ x}, keep)
+    got = ObsCompensation(damping=0.0).compensate(weight, {"input_gram": x.T @ x}, keep).weight
     expected = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
@@ -40,7 +40,7 @@ def test_it_is_the_closed_form(damping):
     weight, x, keep = site()
     gram = damped(x.T @ x, damping)
     expected = weight @ gram[:, keep] @ torch.linalg.inv(gram[keep][:, keep])
-    got = ObsCompensation(damping).compensate(weight, {"input_gram": x.T @ x}, keep)
+    got = ObsCompensation(damping).compensate(weight, {"input_gram": x.T @ x}, keep).weight
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -48,7 +48,7 @@ def test_it_is_the_closed_form(damping):
 def test_it_is_what_elimination_arrives_at_in_any_order(damping):
     weight, x, keep = site()
     gram = x.T @ x
-    expected = ObsCompensation(damping).compensate(weight, {"input_gram": gram}, keep)
+    expected = ObsCompensation(damping).compensate(weight, {"input_gram": gram}, keep).weight
     lost = (~keep).nonzero()[:, 0]
     for steps in (lost.split(1), lost.flip(0).split(2), (lost,)):
         state = start(weight, gram, damping, name="site")
@@ -60,7 +60,7 @@ def test_it_is_what_elimination_arrives_at_in_any_order(damping):
 def test_the_scale_of_the_gram_matrix_does_not_matter():
     weight, x, keep = site()
     one, other = (
-        ObsCompensation().compensate(weight, {"input_gram": x.T @ x * s}, keep)
+        ObsCompensation().compensate(weight, {"input_gram": x.T @ x * s}, keep).weight
         for s in (1.0, 1e-20)
     )
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -69,29 +69,31 @@ def test_the_scale_of_the_gram_matrix_does_not_matter():
 def test_it_gets_closer_on_the_tokens_than_none():
     weight, x, keep = site()
     target = x @ weight.T
-    none = NoCompensation().compensate(weight, {}, keep)
-    obs = ObsCompensation().compensate(weight, {"input_gram": x.T @ x}, keep)
+    none = NoCompensation().compensate(weight, {}, keep).weight
+    obs = ObsCompensation().compensate(weight, {"input_gram": x.T @ x}, keep).weight
     error = [(target - x[:, keep] @ w.T).square().sum() for w in (none, obs)]
     assert error[1] < 0.5 * error[0]
 
 
 def test_none_keeps_the_columns():
     weight, _, keep = site()
-    assert torch.equal(NoCompensation().compensate(weight, {}, keep), weight[:, keep])
+    assert torch.equal(NoCompensation().compensate(weight, {}, keep).weight, weight[:, keep])
     assert NoCompensation().statistics == frozenset()
 
 
 def test_keeping_everything_changes_nothing():
     weight, x, _ = site()
     keep = torch.ones(11, dtype=torch.bool)
-    assert torch.equal(ObsCompensation().compensate(weight, {"input_gram": x.T @ x}, keep), weight)
+    got = ObsCompensation().compensate(weight, {"input_gram": x.T @ x}, keep)
+    assert torch.equal(got.weight, weight)
+    assert got.bias is None
 
 
 def test_kept_columns_that_were_always_zero_keep_their_weight():
     weight, x, keep = site()
     dead = int(keep.nonzero()[0])
     x[:, dead] = 0
-    got = ObsCompensation(damping=0.0).compensate(weight, {"input_gram": x.T @ x}, keep)
+    got = ObsCompensation(damping=0.0).compensate(weight, {"input_gram": x.T @ x}, keep).weight
     assert torch.equal(got[:, 0], weight[:, dead])
 
 
@@ -100,8 +102,10 @@ def test_the_result_has_the_weights_dtype_and_fp64_accuracy(dtype):
     weight, x, keep = site()
     low = weight.to(dtype)
     before = low.clone()
-    got = ObsCompensation().compensate(low, {"input_gram": (x.T @ x).float()}, keep)
-    expected = ObsCompensation().compensate(low.double(), {"input_gram": (x.T @ x).float()}, keep)
+    got = ObsCompensation().compensate(low, {"input_gram": (x.T @ x).float()}, keep).weight
+    expected = (
+        ObsCompensation().compensate(low.double(), {"input_gram": (x.T @ x).float()}, keep).weight
+    )
     assert got.dtype == dtype
     assert torch.equal(got, expected.to(dtype))
     assert torch.equal(low, before)
@@ -111,8 +115,10 @@ def test_the_result_has_the_weights_dtype_and_fp64_accuracy(dtype):
 def test_a_singular_gram_matrix_is_solved_and_logged(tokens, caplog):
     weight, x, keep = site(tokens=tokens)
     with caplog.at_level(logging.WARNING, "prunec"):
-        got = ObsCompensation(damping=0.0).compensate(
-            weight, {"input_gram": x.T @ x}, keep, name="mlp.down"
+        got = (
+            ObsCompensation(damping=0.0)
+            .compensate(weight, {"input_gram": x.T @ x}, keep, name="mlp.down")
+            .weight
         )
     assert "mlp.down: a " in caplog.text
     assert "singular" in caplog.text
@@ -124,7 +130,7 @@ def test_all_zero_input_leaves_the_weights():
     weight, _, keep = site()
     zero = torch.zeros(11, 11)
     assert torch.equal(
-        ObsCompensation().compensate(weight, {"input_gram": zero}, keep), weight[:, keep]
+        ObsCompensation().compensate(weight, {"input_gram": zero}, keep).weight, weight[:, keep]
     )
 
 
