@@ -23,8 +23,11 @@ from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
 from prunec.graph.trace import Example, Loss, trace
 from prunec.models import example_inputs
+from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
-from prunec.passes.budget import block_budget, block_parameters
+from prunec.passes.budget import Budget, block_budget
+from prunec.passes.goal import Goal, block_parameters
+from prunec.passes.latency import paired_ratio
 from prunec.passes.plan import Plan
 from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
@@ -37,6 +40,8 @@ from prunec.passes.slice import (
     slice_program,
     sliced_parameters,
 )
+from prunec.passes.survey import DenseSurvey
+from prunec.passes.target import Target, chosen_target
 from prunec.passes.verify import verify_sliced
 
 __all__ = ["Report", "Result", "apply_plan", "couple", "load", "prune", "register", "trace"]
@@ -57,6 +62,8 @@ class Report:
         checks: how the result was proven.
         calibration: digest and size of the calibration tokens.
         seconds: of each step.
+        aim: the target in its own unit: what was asked, what was reached, and what whole units and
+            multiples took beyond it (below it, where negative).
     """
 
     recipe: Recipe | None
@@ -70,6 +77,7 @@ class Report:
     checks: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    aim: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def realised_ratio(self) -> float:
@@ -92,6 +100,7 @@ class Report:
             "checks": list(self.checks),
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
+            "aim": dict(self.aim),
         }
 
 
@@ -159,7 +168,8 @@ def prune(
     model: nn.Module,
     *,
     recipe: str | Recipe = "slimgpt",
-    ratio: float = 0.2,
+    ratio: float | None = None,
+    target: str | Target | None = None,
     calibration: Batches,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -171,7 +181,10 @@ def prune(
     Args:
         model: any nn.Module; not changed.
         recipe: the name of a shipped recipe, a YAML file, or a Recipe.
-        ratio: the fraction of the repeated blocks' parameters to remove, 0 to 1.
+        ratio: the fraction of the repeated blocks' parameters to remove, 0 to 1; 0.2 where no
+            target is given either.
+        target: in place of a ratio what is to be left: "params=100M", "flops=70%", "kv-cache=50%",
+            "memory=250MB", "latency=0.8x".
         calibration: inputs by name, all batches of one shape.
         seed: for recipes that draw numbers.
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
@@ -179,12 +192,13 @@ def prune(
             one sample; by default the model's own, of the inputs' ``labels`` or tokens.
 
     Raises:
-        PlanError: a ratio that cannot be reached, an unknown recipe or setting.
+        PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
         TraceError, VerifyError: the model cannot be traced, or a check failed.
     """
     clock = _Clock()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(settings or {})
+    aim = chosen_target(ratio, target)
     criterion, allocation, compensation = _build(chosen, seed)
     batches = _batches(calibration)
     with progress.task("trace the model"), clock("trace"):
@@ -193,10 +207,16 @@ def prune(
         if compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))
             sites, skipped = find_sites(coupling, chosen.units)
-    budget = block_budget(coupling, sites, allocation, ratio)
-    with clock("prune"):
+    goal = Goal.on(coupling, aim)
+    sites = goal.concerned(sites)
+    with clock("allocate"):
         names = criterion.statistics | compensation.statistics
         prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
+        survey = DenseSurvey(coupling, sites, criterion, batches, prior=prior, progress=progress)
+        budget = block_budget(
+            coupling, sites, allocation, goal, survey=survey, constraints=chosen.constraints
+        )
+    with clock("prune"):
         pruned = prune_sites(
             coupling,
             sites,
@@ -210,14 +230,21 @@ def prune(
     plan = Plan.of(coupling, pruned.selection)
     report = Report(
         recipe=chosen,
-        ratio=ratio,
+        ratio=aim.value if aim.kind == "ratio" else None,
         seed=seed,
         sites=pruned.sites,
         skipped=tuple(skipped),
         calibration=_describe(calibration),
+        aim=_aim(budget),
         **_sizes(coupling, pruned.weights),
     )
-    return _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
+    result = _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
+    if aim.kind != "latency":
+        return result
+    with progress.task("measure the latency reached"), clock("measure latency"):
+        factor, spread = paired_ratio(coupling.program, result.program)
+    aimed = {**report.aim, "measured_factor": factor, "measured_spread": spread}
+    return replace(result, report=replace(result.report, aim=aimed))
 
 
 @dataclass(frozen=True)
@@ -226,30 +253,46 @@ class Outline:
 
     Attributes:
         block_parameters: of all repeated blocks, before.
-        target: parameters to remove.
-        wanted: per site, (parameters it holds, parameters it is asked for).
+        goal: the target as it was asked for.
+        target: what is to go, in the goal's unit.
+        wanted: per site, (parameters it holds, parameters it is asked for); empty for an allocation
+            that looks at data first.
         skipped: groups of the wanted kinds that have no site, and why.
     """
 
     block_parameters: int
-    target: int
+    goal: str
+    target: float
     wanted: Mapping[str, tuple[int, int]]
     skipped: tuple[Skipped, ...]
 
 
-def outline(model: nn.Module, *, recipe: Recipe, ratio: float, example: Example) -> Outline:
+def outline(
+    model: nn.Module, *, recipe: Recipe, target: float | Target, example: Example
+) -> Outline:
     """How a run would split its target over the sites; weights may be on meta.
 
+    `target` is one, or a ratio of the repeated blocks' parameters.
+
     Raises:
-        PlanError: the ratio cannot be reached.
+        PlanError: the target cannot be reached.
     """
     coupling = couple(trace(model, example))
     sites, skipped = find_sites(coupling, recipe.units)
-    budget = block_budget(coupling, sites, recipe.allocation.build("allocation"), ratio)
+    goal = Goal.on(coupling, target)
+    sites = goal.concerned(sites)
+    allocation: Allocation = recipe.allocation.build("allocation")
+    looks = allocation.needs_data
+    budget = block_budget(
+        coupling, sites, Uniform() if looks else allocation, goal, constraints=recipe.constraints
+    )
     return Outline(
         block_parameters=sum(block_parameters(coupling).values()),
-        target=budget.target,
-        wanted={
+        goal=str(goal.target),
+        target=goal.remove,
+        wanted={}
+        if looks
+        else {
             site.name: (parameter_count(coupling, names=site_parameters(site)), budget.share(site))
             for site in sites
         },
@@ -290,6 +333,17 @@ def _batches(calibration: Batches) -> Sequence[Mapping[str, Tensor]]:
     if not batches:
         raise PlanError("there are no calibration batches", fix="give at least one")
     return batches
+
+
+def _aim(budget: Budget) -> dict[str, Any]:
+    goal = budget.goal
+    return {
+        "target": str(goal.target),
+        "before": goal.of,
+        "asked": goal.of - goal.remove,
+        "reached": goal.of - budget.removed,
+        "rounding": budget.rounding,
+    }
 
 
 def _describe(calibration: Batches) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_the_built_ins_are_declared() -> None:
         "random",
         "wanda",
     ]
-    assert registry.names("allocation") == ["log-increase", "uniform"]
+    assert {"log-increase", "uniform"} <= set(registry.names("allocation"))
     assert registry.names("compensation") == ["bias", "none", "obs"]
     assert registry.names("exporters") == ["hf"]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json as jsons
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from prunec.cli.console import Screen
     from prunec.cli.opening import Weights
     from prunec.models import Source
+    from prunec.passes.constraints import Constraints
     from prunec.passes.recipe import Recipe
+    from prunec.passes.target import Target
 
 
 def prune(
@@ -30,8 +32,45 @@ def prune(
         str, typer.Option(help="A name of `prunec recipes list`, or a YAML file.")
     ] = "slimgpt",
     ratio: Annotated[
-        float, typer.Option(help="The part of the blocks' parameters to remove, 0 to 1.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            help="The part of the blocks' parameters to remove, 0 to 1.  [default: 0.2]",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=AMOUNT",
+            help="What to leave instead: params=100M, flops=70%, kv-cache=50% (bytes a token), "
+            "memory=250MB (weights), latency=0.8x (of a forward pass, measured here).",
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Widths for gpu (FFN multiples of 64), vllm (128), gguf-k (256), tp=N (heads, "
+            "KV groups and FFN divisible by N); several with commas.",
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, metavar="N", help="FFN widths are multiples of N.")
+    ] = 1,
+    min_ratio: Annotated[
+        float, typer.Option(help="Every attention and FFN gives at least this part.")
+    ] = 0.0,
+    max_ratio: Annotated[
+        float, typer.Option(help="No attention and no FFN gives more than this part.")
+    ] = 1.0,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="The same as --hardware tp=N.")
+    ] = 1,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER", help="Leave whole: a block's index (-1: the last) or a module path."
+        ),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,14 +109,25 @@ def prune(
     OUT opens with transformers' from_pretrained(OUT, trust_remote_code=True), without prunec.
 
     Example: prunec prune smollm2 -o smaller --ratio 0.2 --calibration notes.txt --samples 64
+
+    Example: prunec prune smollm2 -o smaller --target params=110M --hardware gpu --protect 0
     """
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_source, save_result
+    from prunec.passes.constraints import Constraints
+    from prunec.passes.constraints import hardware as preset
+    from prunec.passes.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
-    _check(out, ratio, dry_run=dry_run, overwrite=overwrite)
+    aim = chosen_target(ratio, target)
+    _check(out, dry_run=dry_run, overwrite=overwrite)
     cut = _read_plan(plan) if plan else None
-    method = None if cut else _recipe(recipe, setting or [])
+    limits = Constraints(
+        {"ffn_channel": multiple_of}, min_ratio, max_ratio, tensor_parallel, tuple(protect or ())
+    )
+    if hardware:
+        limits = limits.combined(preset(hardware))
+    method = None if cut else _recipe(recipe, setting or [], limits)
     weights: Weights = "random" if random_weights else "load"
     source = open_source(
         model,
@@ -87,16 +137,18 @@ def prune(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    if method:
-        outlined = _outline(screen, source, method, ratio)
+    # A latency is of the calibration's shape, which is not known yet.
+    if method and (dry_run or aim.kind != "latency"):
+        outlined = _outline(screen, source, method, aim)
         if dry_run:
             show_outline(screen, outlined)
-            screen.write_json({"model": model, "out": None, "ratio": ratio, **asdict(outlined)})
+            asked = aim.value if aim.kind == "ratio" else None
+            screen.write_json({"model": model, "out": None, "ratio": asked, **asdict(outlined)})
             return
     _check_weights(source)
     if method:
         batches = _batches(source, calibration or [], samples, seq_len, seed, screen)
-        result = _prune(screen, source, method, ratio, batches, seed)
+        result = _prune(screen, source, method, aim, batches, seed)
     else:
         assert cut
         result = _apply(screen, source, cut)
@@ -110,21 +162,21 @@ def prune(
     )
 
 
-def _outline(screen: Screen, source: Source, recipe: Recipe, ratio: float) -> Outline:
-    """What the run would do; a ratio that cannot be reached fails here, before the calibration."""
+def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> Outline:
+    """What the run would do; a target that cannot be reached fails here, before the calibration."""
     from prunec.api import outline
 
     with screen.task("outline"):
-        return outline(source.model, recipe=recipe, ratio=ratio, example=source.example)
+        return outline(source.model, recipe=recipe, target=target, example=source.example)
 
 
 def _prune(
-    screen: Screen, source: Source, recipe: Recipe, ratio: float, batches: Batches, seed: int
+    screen: Screen, source: Source, recipe: Recipe, target: Target, batches: Batches, seed: int
 ) -> Result:
     import prunec
 
     return prunec.prune(
-        source.model, recipe=recipe, ratio=ratio, calibration=batches, seed=seed, progress=screen
+        source.model, recipe=recipe, target=target, calibration=batches, seed=seed, progress=screen
     )
 
 
@@ -141,14 +193,10 @@ def _check_weights(source: Source) -> None:
         )
 
 
-def _check(out: Path | None, ratio: float, *, dry_run: bool, overwrite: bool) -> None:
+def _check(out: Path | None, *, dry_run: bool, overwrite: bool) -> None:
     """Refuse before the work what would be refused after it."""
     from prunec.codegen.directory import check_target
 
-    if not 0 < ratio < 1:
-        raise PlanError(
-            f"a ratio of {ratio:g} is not possible", fix="use a ratio between 0 and 1, such as 0.2"
-        )
     if dry_run:
         return
     if out is None:
@@ -156,14 +204,14 @@ def _check(out: Path | None, ratio: float, *, dry_run: bool, overwrite: bool) ->
     check_target(out, overwrite=overwrite)
 
 
-def _recipe(name: str, settings: Sequence[str]) -> Recipe:
+def _recipe(name: str, settings: Sequence[str], limits: Constraints) -> Recipe:
     """The recipe with its settings, proven to build before anything is loaded."""
     from prunec.passes.recipe import PARTS, load_recipe
 
     recipe = load_recipe(name).override(dict(map(_setting, settings)))
     for part in PARTS:
         getattr(recipe, part).build(part)
-    return recipe
+    return replace(recipe, constraints=recipe.constraints.combined(limits))
 
 
 def _setting(text: str) -> tuple[str, Any]:

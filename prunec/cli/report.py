@@ -19,6 +19,7 @@ def show_report(screen: Screen, report: Report) -> None:
         columns = ["site", "parameters", "wanted", "realised", "kept", "error"]
         screen.table("Sites", columns, [_site(site) for site in report.sites], words=(0, 4))
     _show_skipped(screen, report.skipped)
+    _show_aim(screen, report)
     screen.say(f"Comparisons with a reference that passed: {len(report.checks)}")
 
 
@@ -31,15 +32,41 @@ def show_totals(screen: Screen, report: Report) -> None:
 
 def show_outline(screen: Screen, outline: Outline) -> None:
     """What a run would ask of every site, before any unit is ranked."""
+    from prunec.passes.goal import amount
+
     rows = [
         [site, f"{held:,}", f"{wanted:,}", f"{wanted / held:.1%}"]
         for site, (held, wanted) in outline.wanted.items()
     ]
     screen.table("Sites", ["site", "parameters", "wanted", "ratio"], rows)
     _show_skipped(screen, outline.skipped)
+    kind = outline.goal.partition("=")[0]
+    target = amount(kind, outline.target)
     screen.say(
-        f"{outline.target:,} of the blocks' {outline.block_parameters:,} parameters would go."
+        f"{target} would go; the blocks hold {outline.block_parameters:,} parameters."
+        if outline.wanted
+        else f"{target} would go; which sites give them is decided on calibration data."
     )
+
+
+def _show_aim(screen: Screen, report: Report) -> None:
+    """What was asked for and reached, and what whole units and multiples took beyond it."""
+    if not report.aim:
+        return
+    from prunec.passes.goal import amount
+
+    kind = str(report.aim["target"]).partition("=")[0]
+    reached, rounding = report.aim["reached"], report.aim["rounding"]
+    screen.say(
+        f"Target {report.aim['target']}: {amount(kind, reached)} left of"
+        f" {amount(kind, report.aim['before'])}; rounding to whole units and multiples took"
+        f" {amount(kind, abs(rounding))} {'more' if rounding >= 0 else 'less'}."
+    )
+    if "measured_factor" in report.aim:
+        screen.say(
+            f"Measured: {report.aim['measured_factor']:.3f} x the dense model's latency,"
+            f" within {report.aim['measured_spread']:.1%} on this machine."
+        )
 
 
 def _show_skipped(screen: Screen, skipped: Sequence[Skipped]) -> None:

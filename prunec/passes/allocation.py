@@ -133,6 +133,50 @@ class LogIncrease(_ByBlock):
         return _clamped_line(first, growth, shares, target, self.maximum)
 
 
+@dataclass(frozen=True)
+class LayerRange(_ByBlock):
+    """The first and last blocks stay whole, all between give the same ratio.
+
+    LLM-Pruner (arXiv 2305.11627, Appendix B and its scripts; METHODS 3.3): 4 of 32 blocks at the
+    beginning and 2 at the end, 25 % of those between for 20 % of all. The ratio between follows
+    from the target, and the numbers from the depth: an eighth and a sixteenth, rounded down.
+
+    Attributes:
+        first, last: Blocks that stay whole at the beginning and at the end; None for that part of
+            the depth.
+    """
+
+    first: int | None = None
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("first", self.first), ("last", self.last)):
+            if value is not None and value < 0:
+                raise PlanError(f"layer-range: {name} {value} is not possible", fix="use 0 or more")
+
+    def ratios(
+        self, blocks: int, target: float, *, sizes: Sequence[int] | None = None
+    ) -> list[float]:
+        """Zero at both ends, one ratio between.
+
+        >>> LayerRange(first=1, last=1).ratios(4, 0.2)
+        [0.0, 0.4, 0.4, 0.0]
+        """
+        shares = _check(blocks, target, sizes)
+        first = blocks // 8 if self.first is None else self.first
+        last = blocks // 16 if self.last is None else self.last
+        between = sum(shares[first : blocks - last])
+        if target > between:
+            raise PlanError(
+                f"layer-range cannot remove {target:.1%} of the blocks",
+                so=f"the {max(blocks - first - last, 0)} blocks between the first {first} and the"
+                f" last {last} hold {between:.1%}",
+                fix="lower the ratio, first or last",
+            )
+        inside = target / between if between else 0.0
+        return [inside if first <= i < blocks - last else 0.0 for i in range(blocks)]
+
+
 def _clamped_line(
     first: float, growth: Sequence[float], shares: Sequence[float], target: float, maximum: float
 ) -> list[float]:

@@ -137,16 +137,16 @@ class _Worker:
     def visit(self, site: Site, measurement: Measurement) -> None:
         problem = site_problem(site, self._coupling, self._weights)
         wanted = self._budget.want(site)
-        if wanted <= 0:
+        if self._budget.stays_whole(site):
             measurement.skip(site)
+            self._budget.skip(site)
             self._report(site, problem, 0, wanted, {}, None)
             return
         statistics = {**self._prior, **measurement.take(site)}
-        curve = self._criterion.rank(problem, statistics, limit=wanted)
-        steps = curve.steps_for(wanted)
+        curve = self._criterion.rank(problem, statistics, limit=self._budget.limit(site))
+        steps = self._budget.choose(site, curve)
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
-        self._budget.spend(removed)
         kept = curve.keep(problem, steps)
         if steps:
             self._apply(site, problem, statistics, kept, measurement.stream)

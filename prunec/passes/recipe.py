@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 
 from prunec import registry
 from prunec.errors import PlanError
+from prunec.passes.constraints import Constraints
 
 Scalar = str | int | float | bool | None
 
@@ -61,6 +62,7 @@ class Recipe:
     importance: Part
     allocation: Part
     compensation: Part
+    constraints: Constraints = field(default_factory=Constraints)
 
     def override(self, settings: Mapping[str, Scalar | Sequence[str]]) -> Recipe:
         """This recipe with other settings: ``{"importance": "wanda", "allocation.first": 0.1}``.
@@ -79,9 +81,13 @@ class Recipe:
         head, _, option = key.partition(".")
         if head == "units" and not option:
             return replace(self, units=tuple(value.split(",") if isinstance(value, str) else value))
+        if head == "constraints":
+            given = self.constraints.to_dict() | {option: value} if option else value
+            return replace(self, constraints=Constraints.from_dict(given))
         if head not in PARTS:
             raise PlanError(
-                f"a recipe has no setting {key!r}", fix=_nearest(head, [*PARTS, "units"])
+                f"a recipe has no setting {key!r}",
+                fix=_nearest(head, [*PARTS, "units", "constraints"]),
             )
         part: Part = getattr(self, head)
         if option:
@@ -105,6 +111,7 @@ class Recipe:
             "deviations": list(self.deviations),
             "units": list(self.units),
             **parts,
+            **({"constraints": limits} if (limits := self.constraints.to_dict()) else {}),
         }
 
     def to_yaml(self) -> str:
@@ -132,6 +139,9 @@ class Recipe:
             deviations=tuple(map(str, data.get("deviations", ()))),
             units=tuple(map(str, data["units"])),
             **parts,
+            constraints=Constraints.from_dict(
+                data.get("constraints", {}), where=f"{where}: constraints"
+            ),
         )
 
 

@@ -1,0 +1,204 @@
+"""What a result must obey: multiples, bounds, divisibility, layers that stay whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from prunec.errors import PlanError
+from prunec.graph.coupling import Group
+from prunec.importance.curves import RemovalCurve
+from prunec.importance.problem import BoolArray, IntArray
+from prunec.passes.sites import Site
+
+PRESETS: Mapping[str, int] = {"gpu": 64, "vllm": 128, "gguf-k": 256}
+"""FFN widths that the kernels of an engine take whole: tensor cores, vLLM, k-quant blocks."""
+
+_SPLIT = ("ffn_channel", "head", "kv_group")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Which numbers of units may stay.
+
+    Attributes:
+        multiple_of: by kind of unit, what the number kept is a multiple of. A group that is
+            smaller than one multiple stays whole.
+        minimum, maximum: least and most that each layer (an attention, an FFN: the groups of one
+            site) gives, as a ratio of the parameters that they hold.
+        tensor_parallel: heads, KV groups and FFN widths are divisible by it.
+        protect: layers that stay whole: a block by index (negative from the end) or a module path.
+    """
+
+    multiple_of: Mapping[str, int] = field(default_factory=dict)
+    minimum: float = 0.0
+    maximum: float = 1.0
+    tensor_parallel: int = 1
+    protect: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum <= self.maximum <= 1:
+            raise PlanError(
+                f"constraints: minimum {self.minimum:g} and maximum {self.maximum:g}"
+                " are not possible",
+                fix="use ratios with 0 <= minimum <= maximum <= 1",
+            )
+        for name, value in {**self.multiple_of, "tensor_parallel": self.tensor_parallel}.items():
+            if type(value) is not int or value < 1:
+                raise PlanError(
+                    f"constraints: {name}={value!r} is not possible",
+                    fix="use a whole number, 1 or more",
+                )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some numbers of units are not allowed."""
+        return self.tensor_parallel > 1 or any(m > 1 for m in self.multiple_of.values())
+
+    def combined(self, other: Constraints) -> Constraints:
+        """Both at once: least common multiples, the narrower bounds, all protected layers."""
+        kinds = dict.fromkeys([*self.multiple_of, *other.multiple_of])
+        return Constraints(
+            {k: math.lcm(self.multiple_of.get(k, 1), other.multiple_of.get(k, 1)) for k in kinds},
+            max(self.minimum, other.minimum),
+            min(self.maximum, other.maximum),
+            math.lcm(self.tensor_parallel, other.tensor_parallel),
+            tuple(dict.fromkeys([*self.protect, *other.protect])),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, defaults left out; `from_dict` reads it."""
+        default = Constraints()
+        plain = {**vars(self), "multiple_of": dict(self.multiple_of), "protect": list(self.protect)}
+        return {
+            f.name: plain[f.name]
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, *, where: str = "constraints") -> Constraints:
+        """Raises PlanError for anything but the fields above."""
+        known = [f.name for f in fields(cls)]
+        if not isinstance(data, Mapping) or not set(data) <= set(known):
+            raise PlanError(
+                "constraints are a mapping of settings", where=where, fix=", ".join(known)
+            )
+        values = dict(data)
+        multiples = values.get("multiple_of", {})
+        if not isinstance(multiples, Mapping):
+            multiples = {"ffn_channel": multiples}
+        protect = values.get("protect", ())
+        if isinstance(protect, (str, int)):
+            protect = str(protect).split(",")
+        try:
+            return replace(
+                cls(), **values | {"multiple_of": multiples, "protect": tuple(map(str, protect))}
+            )
+        except TypeError as error:
+            raise PlanError(f"not readable: {error}", where=where) from error
+
+    def protects(self, site: Site, blocks: Sequence[str]) -> bool:
+        """Whether this site stays whole; ``blocks`` are all repeated blocks, in order."""
+        return any(_is_inside(site, _path(name, blocks)) for name in self.protect)
+
+    def step(self, group: Group) -> int:
+        """What the number of units kept of a group is a multiple of; its size: it stays whole.
+
+        Raises:
+            PlanError: the group has fewer units than devices.
+        """
+        split = self.tensor_parallel
+        if not (group.kind in _SPLIT or (group.kind == "query_head" and not group.companions)):
+            split = 1
+        if split > group.size:
+            raise PlanError(
+                f"{group.name} has {group.size} units, too few for tensor parallelism over {split}",
+                fix=f"use at most {group.size}",
+            )
+        multiple = self.multiple_of.get(group.kind, 1)
+        both = math.lcm(split, multiple)
+        if both <= group.size:
+            return both
+        return split if group.size % split else group.size
+
+    def least(self, group: Group) -> int:
+        """The fewest units of a group that may stay."""
+        step = self.step(group)
+        return math.ceil(group.minimum / step) * step
+
+    def allowed(self, site: Site, curve: RemovalCurve, held: int) -> BoolArray:
+        """Which points of a curve, its beginning included, obey the multiples and bounds.
+
+        Args:
+            held: parameters of the site's groups before.
+        """
+        counts = counts_along(site, curve)
+        removed = np.concatenate(([0], curve.parameters))
+        fine = np.ones(len(removed), dtype=bool)
+        for group in site.groups:
+            fine &= counts[group.name] % self.step(group) == 0
+        slack = 1e-9 * held
+        bounded = (removed >= self.minimum * held - slack) & (
+            removed <= self.maximum * held + slack
+        )
+        # A layer too small to give something between its bounds keeps to the multiples alone.
+        both: BoolArray = fine & bounded
+        return both if both.any() else fine
+
+
+def counts_along(site: Site, curve: RemovalCurve) -> dict[str, IntArray]:
+    """Units kept per group at every point of a curve, its beginning included: int [steps + 1]."""
+    names = np.array([removal.group for removal in curve.removals], dtype=object)
+    return {
+        group.name: group.size - np.concatenate(([0], np.cumsum(names == group.name)))
+        for group in site.groups
+    }
+
+
+def hardware(text: str) -> Constraints:
+    """The constraints of a target machine: ``gpu``, ``vllm``, ``gguf-k``, ``tp=N``, or several.
+
+    >>> hardware("vllm,tp=2").to_dict()
+    {'multiple_of': {'ffn_channel': 128}, 'tensor_parallel': 2}
+
+    Raises:
+        PlanError: for another name.
+    """
+    result = Constraints()
+    for name in text.split(","):
+        key, _, number = name.strip().partition("=")
+        if key == "tp" and number.isdigit() and int(number) > 0:
+            found = Constraints(tensor_parallel=int(number))
+        elif key in PRESETS and not number:
+            found = Constraints({"ffn_channel": PRESETS[key]})
+        else:
+            raise PlanError(
+                f"no hardware preset {name.strip()!r}",
+                fix=f"there are: {', '.join(PRESETS)}, tp=N; several with commas",
+            )
+        result = result.combined(found)
+    return result
+
+
+def _path(name: str, blocks: Sequence[str]) -> str:
+    """A protected layer as a module path."""
+    try:
+        index = int(name)
+    except ValueError:
+        return name
+    if not -len(blocks) <= index < len(blocks):
+        raise PlanError(
+            f"cannot protect block {index}: the model has {len(blocks)}",
+            fix=f"use an index from {-len(blocks)} to {len(blocks) - 1}",
+        )
+    return blocks[index]
+
+
+def _is_inside(site: Site, path: str) -> bool:
+    names = [site.name, *(member.parameter for group in site.groups for member in group.members)]
+    return any(name == path or name.startswith(f"{path}.") for name in names)

@@ -1,0 +1,110 @@
+"""A target on one model: what is measured there, how much of it is to go, how near is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from prunec.errors import PlanError
+from prunec.graph.cost import Counts, parameter_count
+from prunec.graph.coupling import CouplingGraph, Group, blocks_of
+from prunec.passes.costs import Measure, Parameters, measure_for
+from prunec.passes.latency import LatencyMeasure
+from prunec.passes.sites import Site
+from prunec.passes.target import Target
+
+TOLERANCE = 0.005
+"""How far from the target a result may be, as a part of it."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much of what is to go.
+
+    Attributes:
+        target: as the user said it.
+        measure: of what.
+        of: the dense cost that the target is a part of.
+        remove: in the measure's unit.
+        tolerance: how far from `remove` the result may be, in the same unit.
+    """
+
+    target: Target
+    measure: Measure
+    of: float
+    remove: float
+    tolerance: float
+
+    @classmethod
+    def on(cls, coupling: CouplingGraph, target: Target | float) -> Goal:
+        """What a target, or a ratio of the repeated blocks' parameters, means for this model.
+
+        Raises:
+            PlanError: the ratio is not between 0 and 1, or the model is below the target already.
+        """
+        if not isinstance(target, Target):
+            target = Target.of_ratio(target)
+        measure = measure_for(target.kind, coupling)
+        if target.kind == "ratio":
+            total = sum(block_parameters(coupling).values())
+            remove = target.value * total
+            return cls(target, measure, total, remove, TOLERANCE * remove)
+        whole = measure.whole()
+        left = target.value * (whole if target.relative else 1.0)
+        if left >= whole:
+            raise PlanError(
+                f"{target}: the model has {amount(target.kind, whole)}, which is no more",
+                fix="lower the target",
+            )
+        return cls(target, measure, whole, whole - left, TOLERANCE * left)
+
+    def concerned(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites, with those of their groups alone, whose units count towards the target.
+
+        Raises:
+            PlanError: there are none.
+        """
+        reduced = [replace(site, groups=self._groups(site)) for site in sites]
+        found = [site for site in reduced if site.groups]
+        if sites and not found:
+            raise PlanError(
+                f"{self.target}: none of the units to prune counts towards it",
+                fix="choose another target, or other units with --set units=...",
+            )
+        return found
+
+    def _groups(self, site: Site) -> tuple[Group, ...]:
+        if isinstance(self.measure, LatencyMeasure | Parameters):
+            return site.groups
+        whole = self.measure.at(site, {})
+        return tuple(
+            group
+            for group in site.groups
+            if self.measure.at(site, {group.name: group.size - 1}) < whole
+        )
+
+
+def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> dict[str, int]:
+    """Parameters of each repeated block, in model order; the whole model where there is none.
+
+    ``counts`` are the units kept by leaf; others whole.
+    """
+    names = [name for name in coupling.layout.parameters if name in coupling.program.parameters]
+    blocks = blocks_of(names)
+    if not blocks:
+        return {"": parameter_count(coupling, counts)}
+    return {block: parameter_count(coupling, counts, names) for block, names in blocks.items()}
+
+
+def amount(kind: str, value: float) -> str:
+    """A cost in words.
+
+    >>> amount("memory", 250e6), amount("latency", 0.0123), amount("params", 1000)
+    ('250.00 MB', '12.30 ms', '1,000 parameters')
+    """
+    if kind == "latency":
+        return f"{value * 1e3:.2f} ms"
+    if kind == "memory":
+        return f"{value / 1e6:.2f} MB"
+    unit = {"flops": "FLOPs a pass", "kv-cache": "bytes a token"}.get(kind, "parameters")
+    return f"{round(value):,} {unit}"

@@ -1,0 +1,118 @@
+"""The dense model on the calibration batches: what allocations that look at it are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from prunec.errors import PlanError
+from prunec.events import Progress, silent
+from prunec.graph.coupling import CouplingGraph
+from prunec.graph.interpreter import Stream
+from prunec.graph.residual import passages
+from prunec.importance.curves import Criterion, RemovalCurve
+from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.passes.measure import Measurement, Statistics
+from prunec.passes.sites import Site, site_problem
+from prunec.passes.slice import Weights
+
+
+class DenseSurvey:
+    """The dense model, run once for each thing that is asked; nothing is computed before.
+
+    Args:
+        sites: in graph order.
+        criterion: ranks the sites' units for :attr:`curves`.
+        batches: calibration inputs.
+        prior: statistics that were taken before, such as those of gradients.
+    """
+
+    def __init__(
+        self,
+        coupling: CouplingGraph,
+        sites: Sequence[Site],
+        criterion: Criterion,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        prior: Statistics | None = None,
+        progress: Progress = silent,
+    ):
+        self._coupling = coupling
+        self._prior = prior or {}
+        self._weights = Weights(coupling, coupling.program.state)
+        self._sites = sites
+        self._criterion = criterion
+        self._batches = batches
+        self._progress = progress
+
+    @cached_property
+    def curves(self) -> dict[str, RemovalCurve]:
+        """The full removal curve of each site on the dense model's inputs, by site name."""
+        found: dict[str, RemovalCurve] = {}
+        with self._progress.task("dense removal curves", len(self._sites)) as task:
+            names = self._criterion.statistics - set(GRADIENT_STATISTICS)
+            measurement = Measurement(self._stream(), self._sites, names)
+            for site in self._sites:
+                problem = site_problem(site, self._coupling, self._weights)
+                statistics = {**self._prior, **measurement.take(site)}
+                found[site.name] = self._criterion.rank(problem, statistics)
+                self._weights.release()
+                task.advance()
+        return found
+
+    @cached_property
+    def similarities(self) -> dict[str, float]:
+        """Mean over tokens of the cosine between a block's input and its output, by block.
+
+        Raises:
+            PlanError: the model has no residual stream.
+        """
+        along = passages(self._coupling.program, self._coupling.layout)
+        if not along:
+            raise PlanError(
+                "the model's blocks have no residual stream, so no input and output to compare",
+                fix="use an allocation that does not compare them, such as log-increase",
+            )
+        position = {node: i for i, node in enumerate(self._coupling.program.graph.nodes)}
+        ends = {node for passage in along.values() for node in (passage.enters, passage.leaves)}
+        stream = self._stream()
+        open_inputs: dict[str, list[Tensor]] = {block: [] for block in along}
+        sums = dict.fromkeys(along, 0.0)
+        tokens = dict.fromkeys(along, 0)
+        with self._progress.task("similarity of blocks", len(ends)) as task:
+            for value in sorted(ends, key=lambda node: min(position[user] for user in node.users)):
+                stop = min(value.users, key=lambda user: position[user])
+
+                def visit(batch: int, x: Tensor, value: fx.Node = value) -> None:
+                    real = stream.real_tokens(batch, x)
+                    for block, passage in along.items():
+                        if passage.leaves is value:
+                            cosine = F.cosine_similarity(
+                                open_inputs[block][batch].float(), x.float(), dim=-1
+                            )
+                            cosine = cosine.flatten() if real is None else cosine[real]
+                            sums[block] += float(cosine.sum(dtype=torch.float64))
+                            tokens[block] += cosine.numel()
+                        if passage.enters is value:
+                            open_inputs[block].append(x)
+
+                stream.advance(stop, value, visit)
+                for block, passage in along.items():
+                    if passage.leaves is value:
+                        open_inputs[block].clear()
+                task.advance()
+        return {block: sums[block] / max(tokens[block], 1) for block in along}
+
+    def _stream(self) -> Stream:
+        weights = self._weights
+        return Stream(
+            self._coupling.program,
+            self._coupling.layout,
+            self._batches,
+            weights.__getitem__,
+            device=weights.device,
+        )
