@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunec.errors import PlanError
@@ -15,6 +15,7 @@ from prunec.registry import plugin
 
 
 @pytest.mark.parametrize("allocation", [Uniform(), LogIncrease()])
+@settings(deadline=None)
 @given(
     blocks=st.integers(1, 80),
     target=st.floats(0, 0.9),

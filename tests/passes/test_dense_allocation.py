@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor
@@ -71,6 +71,7 @@ def test_similarity_is_that_of_the_hidden_states(family: str) -> None:
     np.testing.assert_allclose(found, sums / tokens, rtol=1e-5)
 
 
+@settings(deadline=None)
 @given(
     similarities=st.lists(st.floats(-1, 1), min_size=1, max_size=40),
     target=st.floats(0, 0.85),
