@@ -104,7 +104,7 @@ def test_flops_left_by_every_allocation(part: float, allocation: str) -> None:
 
 def test_memory_left_is_the_bytes_of_the_parameters() -> None:
     pruned, _ = run("memory=0.12MB")
-    left = sum(pruned.weights(name).nbytes for name in coupled().program.parameters)
+    left = sum(pruned.weights[name].nbytes for name in coupled().program.parameters)
     assert left == pytest.approx(120_000, rel=0.005)
 
 
