@@ -85,6 +85,36 @@ class Elimination:
             after = after.refreshed()
         return after, weight_part.square().sum(dim=1)
 
+    def restore(self, columns: Tensor) -> tuple[Elimination, float]:
+        """Put eliminated `columns` ``[k]`` back, by bordering the inverse.
+
+        Returns:
+            The new state, and the loss that it is lower by.
+        """
+        gram = self.gram
+        cross = gram.gram[self.columns[:, None], columns].double()
+        block = gram.gram[columns[:, None], columns].double()
+        block.diagonal().add_(gram.added[columns])
+        solved = self.inverse @ cross
+        factor = cholesky(block - cross.T @ solved, name=gram.name)
+        # What the columns could still explain of the dense output.
+        missing = (
+            gram.gram[columns].double() @ self.dense
+            + gram.added[columns, None] * (self.dense[columns])
+        )
+        missing -= cross.T @ self.weight
+        new = torch.cholesky_solve(missing, factor)
+        inner = torch.cholesky_inverse(factor)
+        side = -solved @ inner
+        top = torch.cat((self.inverse - side @ solved.T, side), dim=1)
+        inverse = torch.cat((top, torch.cat((side.T, inner), dim=1)))
+        weight = torch.cat((self.weight - solved @ new, new))
+        found, order = torch.cat((self.columns, columns)).sort()
+        restored = Elimination(
+            gram, self.dense, weight[order], inverse[order[:, None], order], found
+        )
+        return restored, float((missing * new).sum())
+
     def block_scores(self, columns: Tensor, score: BlockScore = "exact") -> Tensor:
         """Loss of removing each unit alone.
 

@@ -19,7 +19,9 @@ from prunec.importance.curves import (
     greedy_curve,
 )
 from prunec.importance.elimination import BlockScore, Elimination, start
-from prunec.importance.problem import SiteProblem, UnitSet
+from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
+from prunec.importance.scores import to_array
+from prunec.importance.swap import only_group, removed_columns, steps_to, swap_search
 
 Schedule = Literal["geometric", "slimgpt"]
 
@@ -46,6 +48,8 @@ class Obs:
         first_batch: Most units that go in one batch.
         last_batch: Fewest units that go in one batch, but for the last.
         schedule: Sizes of the batches, see :func:`batch_sizes`.
+        swap: After that, search for swaps that lower the loss of the set that the target leaves
+            (OSSCAR, METHODS 4.2), where one group of the site loses units.
     """
 
     score: BlockScore = "exact"
@@ -53,6 +57,7 @@ class Obs:
     first_batch: int = 1024
     last_batch: int = 8
     schedule: Schedule = "geometric"
+    swap: bool = False
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_gram"})
 
@@ -79,8 +84,15 @@ class Obs:
         """
         state = start(problem.weight, statistics["input_gram"], self.damping, name=problem.name)
         if len(problem.unit_sets) == 1 and problem.unit_sets[0].rows == 1:
-            return self._batched(problem, state, limit)
-        return greedy_curve(problem, _Surgeon(state, self.score), limit=limit)
+            curve = self._batched(problem, state, limit)
+        else:
+            curve = greedy_curve(problem, _Surgeon(state, self.score), limit=limit)
+        return _swapped(problem, state, curve, limit) if self.swap else curve
+
+    @property
+    def depends_on_limit(self) -> bool:
+        """Whether the order of the first removals depends on how many follow."""
+        return self.swap or self.schedule == "slimgpt"
 
     def _batched(self, problem: SiteProblem, state: Elimination, limit: int | None) -> RemovalCurve:
         """One group, one row: remove the units of least score, a batch at a time."""
@@ -171,6 +183,45 @@ class _Surgeon:
     def accept(self, removal: Removal, survivors: Survivors) -> None:
         self._state = self._trials[removal]
         self._trials.clear()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A state of elimination as an exchange of units."""
+
+    state: Elimination
+    loss: float
+
+    def restore(self, columns: IntArray) -> _Trial:
+        state, gain = self.state.restore(torch.as_tensor(columns, device=self.state.columns.device))
+        return _Trial(state, self.loss - gain)
+
+    def losses_without(self, columns: IntArray) -> FloatArray:
+        units = torch.as_tensor(columns, device=self.state.columns.device)
+        return self.loss + to_array(self.state.block_scores(units))
+
+    def drop(self, columns: IntArray) -> _Trial:
+        gone = torch.as_tensor(columns, device=self.state.columns.device)
+        state, losses = self.state.eliminate(gone)
+        return _Trial(state, self.loss + float(losses.sum()))
+
+
+def _swapped(
+    problem: SiteProblem, start: Elimination, curve: RemovalCurve, limit: int | None
+) -> RemovalCurve:
+    """The curve up to its limit, with a set of removals that no single swap improves on."""
+    steps = steps_to(curve, limit)
+    unit_set = only_group(problem, curve.removals[:steps])
+    if unit_set is None:
+        return curve
+    trial = _Trial(start, 0.0).drop(
+        np.concatenate(removed_columns(unit_set, curve.removals[:steps]))
+    )
+    swapped = swap_search(unit_set, curve.removals[:steps], trial)
+    columns = np.stack(removed_columns(unit_set, swapped))
+    _, losses = start.eliminate(torch.as_tensor(columns.ravel(), device=start.columns.device))
+    by_step = to_array(losses).reshape(columns.shape).sum(axis=1)
+    return RemovalCurve(swapped, by_step.cumsum(), curve.parameters[:steps])
 
 
 def _surviving(state: Elimination, columns: Tensor) -> Tensor:
