@@ -26,12 +26,13 @@ from prunec.models import example_inputs
 from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
 from prunec.passes.budget import Budget, block_budget
+from prunec.passes.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.goal import Goal, block_parameters
 from prunec.passes.latency import paired_ratio
 from prunec.passes.plan import Plan
 from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
-from prunec.passes.recipe import Recipe, load_recipe
+from prunec.passes.recipe import Part, Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import (
     Weights,
@@ -245,6 +246,55 @@ def prune(
         factor, spread = paired_ratio(coupling.program, result.program)
     aimed = {**report.aim, "measured_factor": factor, "measured_spread": spread}
     return replace(result, report=replace(result.report, aim=aimed))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's coupling, and what the units of each group are worth on some data.
+
+    Attributes:
+        groups: one entry a group that has a site, in graph order.
+    """
+
+    coupling: CouplingGraph
+    groups: tuple[GroupScores, ...]
+
+
+def score(
+    model: nn.Module,
+    *,
+    importance: str | Part,
+    calibration: Batches,
+    loss: Loss | None = None,
+    progress: Progress = silent,
+) -> Scored:
+    """Score the units of every group of the dense model; nothing is removed.
+
+    Args:
+        model: any nn.Module; not changed.
+        importance: the name of a criterion, or a Part with its options.
+        calibration: inputs by name, all batches of one shape.
+        loss: as in :func:`prune`.
+
+    Raises:
+        PluginError, PlanError: no such criterion, or no such option of it.
+        VerifyError: NaN or Inf in the weights or activations.
+    """
+    part = Part(importance, {}) if isinstance(importance, str) else importance
+    criterion = part.build("importance")
+    batches = _batches(calibration)
+    with progress.task("trace the model"):
+        coupling = couple(trace(model, batches[0]))
+    sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
+    names = criterion.statistics
+    prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
+    measured = dense_sites(coupling, sites, names, batches, prior=prior, progress=progress)
+    scored = [
+        group
+        for site, problem, statistics in measured
+        for group in score_groups(site, problem, criterion, statistics)
+    ]
+    return Scored(coupling, tuple(scored))
 
 
 @dataclass(frozen=True)

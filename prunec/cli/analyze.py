@@ -8,8 +8,11 @@ import typer
 from prunec.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prunec.cli.console import Screen
     from prunec.graph.render.text import Section
+    from prunec.passes.dense import GroupScores
 
 
 def analyze(
@@ -35,7 +38,21 @@ def analyze(
     group: Annotated[
         str | None, typer.Option(metavar="GROUP", help="The group to draw with every tensor.")
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Score every group on data and colour the pictures."),
+    ] = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = 32,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the importance."),
+    ] = None,
     json: options.Json = None,
+    device: options.Device = "cpu",
+    dtype: options.DType = "float32",
     trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -43,10 +60,20 @@ def analyze(
 
     A group is a set of weights that must be cut together; a unit is what one cut removes.
 
+    With --importance the units of each group are ranked on calibration data, on the dense model.
+
     Example: prunec analyze smollm2 --why --svg coupling.svg
+    Example: prunec analyze smollm2 --importance taylor --calibration notes.txt --set term=mixed
     """
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_coupled
+    from prunec.cli.scoring import (
+        build_importance,
+        colours,
+        describe_scores,
+        open_scored,
+        show_scores,
+    )
     from prunec.graph import render
     from prunec.graph.render.text import describe_groups, describe_pinned, headline
 
@@ -56,27 +83,49 @@ def analyze(
             render.check_folder(path)
     if svg:
         render.check_target(svg)
-    _, coupling = open_coupled(model, screen, trust_remote_code=trust_remote_code)
+    part = build_importance(importance, setting or [], calibration)
+    groups: Sequence[GroupScores] = ()
+    if part:
+        scored = open_scored(
+            model,
+            part,
+            screen,
+            calibration=calibration or [],
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        coupling, groups = scored.coupling, scored.groups
+    else:
+        _, coupling = open_coupled(model, screen, trust_remote_code=trust_remote_code)
+    values = colours(groups)
     if svg or dot:
         with screen.task("draw"):
             chosen = level or ("ops" if group else "groups")
-            picture = render.draw(coupling, chosen, block=block, group=group)
+            picture = render.draw(coupling, chosen, block=block, group=group, values=values)
             if dot:
                 render.write_whole(dot, picture.source.encode())
             if svg:
                 render.write_picture(picture, svg)
     if html:
         with screen.task("write the page"):
-            render.write_page(coupling, html, title=model)
+            render.write_page(coupling, html, title=model, values=values)
     screen.say(headline(coupling))
     for section in describe_groups(coupling):
         _show(screen, section)
+    if part:
+        show_scores(screen, part, groups)
     if why:
         _show(screen, describe_pinned(coupling))
     elif coupling.pinned:
         screen.say(f"Pinned dims: {len(coupling.pinned):,}. --why lists them with the reason.")
     if json is not None:
-        screen.write_json({"model": model, **render.to_node_link(coupling)})
+        told = {"importance": str(part)} if part else {}
+        link = render.to_node_link(coupling, describe_scores(groups))
+        screen.write_json({"model": model, **told, **link})
 
 
 def _show(screen: Screen, section: Section) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from prunec.errors import ModelError
+from prunec.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from prunec import CouplingGraph, Result
+    from prunec.api import Batches
     from prunec.cli.console import Screen
     from prunec.events import Progress
     from prunec.models import Source
@@ -78,6 +80,40 @@ def open_coupled(
     with screen.task("couple"):
         coupling = prunec.couple(program)
     return source, coupling
+
+
+def open_batches(
+    source: Source, wanted: list[str], samples: int, seq_len: int, seed: int, screen: Screen
+) -> Batches:
+    """The calibration that the user asked for; what the model samples where nothing was."""
+    from prunec.calibration import calibrate_text
+
+    if source.tokenizer is None and not wanted:
+        screen.message("No tokenizer: calibrating on the example inputs.")
+        return [source.example]
+    return calibrate_text(
+        wanted or ["self"],
+        source.tokenizer,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        model=source.model,
+        progress=screen,
+    )
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """The settings of ``--set KEY=VALUE``, values as YAML."""
+    return dict(map(_setting, texts))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise PlanError(f"not a setting: {text}", fix="--set key=value, such as allocation=uniform")
+    return key, yaml.safe_load(value)
 
 
 def ensure_smollm2(progress: Progress) -> None:

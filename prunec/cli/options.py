@@ -28,3 +28,13 @@ TrustRemoteCode = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SRC[=WEIGHT]",
+        help="A text file, or self: text that the model samples. Repeat to mix.  [default: self]",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sequence.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]

@@ -4,7 +4,7 @@ import json as jsons
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -71,17 +71,10 @@ def prune(
             metavar="LAYER", help="Leave whole: a block's index (-1: the last) or a module path."
         ),
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SRC[=WEIGHT]",
-            help="A text file, or self: text that the model samples. Repeat to mix.  "
-            "[default: self]",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    calibration: options.Calibration = None,
+    samples: options.Samples = 128,
+    seq_len: options.SeqLen = 1024,
+    seed: options.Seed = 0,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
@@ -113,7 +106,7 @@ def prune(
     Example: prunec prune smollm2 -o smaller --target params=110M --hardware gpu --protect 0
     """
     from prunec.cli.console import Screen
-    from prunec.cli.opening import open_source, save_result
+    from prunec.cli.opening import open_batches, open_source, save_result
     from prunec.passes.constraints import Constraints
     from prunec.passes.constraints import hardware as preset
     from prunec.passes.target import chosen_target
@@ -147,7 +140,7 @@ def prune(
             return
     _check_weights(source)
     if method:
-        batches = _batches(source, calibration or [], samples, seq_len, seed, screen)
+        batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
         result = _prune(screen, source, method, aim, batches, seed)
     else:
         assert cut
@@ -206,21 +199,13 @@ def _check(out: Path | None, *, dry_run: bool, overwrite: bool) -> None:
 
 def _recipe(name: str, settings: Sequence[str], limits: Constraints) -> Recipe:
     """The recipe with its settings, proven to build before anything is loaded."""
+    from prunec.cli.opening import parse_settings
     from prunec.passes.recipe import PARTS, load_recipe
 
-    recipe = load_recipe(name).override(dict(map(_setting, settings)))
+    recipe = load_recipe(name).override(parse_settings(settings))
     for part in PARTS:
         getattr(recipe, part).build(part)
     return replace(recipe, constraints=recipe.constraints.combined(limits))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise PlanError(f"not a setting: {text}", fix="--set key=value, such as allocation=uniform")
-    return key, yaml.safe_load(value)
 
 
 def _read_plan(path: Path) -> Plan:
@@ -232,22 +217,3 @@ def _read_plan(path: Path) -> Plan:
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     return Plan.from_json(data.get("plan", data) if isinstance(data, dict) else data)
-
-
-def _batches(
-    source: Source, wanted: list[str], samples: int, seq_len: int, seed: int, screen: Screen
-) -> Batches:
-    from prunec.calibration import calibrate_text
-
-    if source.tokenizer is None and not wanted:
-        screen.message("No tokenizer: calibrating on the example inputs.")
-        return [source.example]
-    return calibrate_text(
-        wanted or ["self"],
-        source.tokenizer,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        model=source.model,
-        progress=screen,
-    )

@@ -65,7 +65,7 @@ class FeatureSpace:
                     scores = scores + left[unit_set.positions[axis]].sum(axis=2)
             if unit_set.group not in lowest:
                 lowest[unit_set.group] = self._lowest(scores)
-            return np.where(lowest[unit_set.group], scores + scores.max(), scores)
+            return np.asarray(np.where(lowest[unit_set.group], scores + scores.max(), scores))
 
         return static_curve(problem, score, limit=limit)
 

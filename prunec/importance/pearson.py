@@ -130,7 +130,7 @@ class CorrelatedOutput:
         """``[N]``: the loss without each unit's columns ``[N, width]`` (those that are left)."""
         variance, shared = self._moments()
         losses = []
-        for unit in torch.as_tensor(columns, device=self.weight.device).split(_UNITS):
+        for unit in torch.split(torch.as_tensor(columns, device=self.weight.device), _UNITS):
             weight = torch.where(self.kept, self.weight, 0.0)[:, unit]  # [out, n, width]
             block = self.covariance[unit[:, :, None], unit[:, None, :]]
             own = (torch.einsum("onw,nwv->onv", weight, block) * weight).sum(dim=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from prunec.events import Progress, silent
@@ -20,6 +21,8 @@ def prior_statistics(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     loss: Loss | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """The gradient statistics among ``names`` of every member of the sites' groups.
@@ -28,6 +31,8 @@ def prior_statistics(
         batches: inputs by name; an index of their first axis is a sample.
         loss: ``loss(model, inputs)``, a scalar for one sample; by default the model's own, with
             the inputs' ``labels``, or their tokens where there are none.
+        weights: the model's tensors by name; by default its own.
+        device: where to compute; by default where the weights are.
 
     Raises:
         PlanError: the model has no loss of its own and none is given.
@@ -45,5 +50,13 @@ def prior_statistics(
         for group in site.groups
         for member in group.members
     )
-    device = program.state[sites[0].parameter].device
-    return gradient_statistics(program, samples, wanted, axes, device=device, progress=progress)
+    tensors = program.state if weights is None else weights
+    return gradient_statistics(
+        program,
+        samples,
+        wanted,
+        axes,
+        weight=tensors.__getitem__,
+        device=device or tensors[next(iter(program.parameters))].device,
+        progress=progress,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prunec.graph.coupling import CouplingGraph, Group
@@ -12,12 +13,17 @@ from prunec.graph.render.flow import operator_name
 FORMAT = 1
 
 
-def to_node_link(coupling: CouplingGraph) -> dict[str, Any]:
+def to_node_link(
+    coupling: CouplingGraph, importance: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """A coupling graph as plain values, readable by ``networkx.node_link_graph``.
 
     Nodes are axes: every axis of a parameter, and of other tensors those that carry a group.
+
+    Args:
+        importance: plain values per group name, to be told with the group.
     """
-    program = coupling.program
+    program, known = coupling.program, importance or {}
     calls = {node.name: node for node in program.graph.nodes}
     nodes: list[dict[str, Any]] = []
     for name, data in coupling.graph.nodes(data=True):
@@ -48,7 +54,13 @@ def to_node_link(coupling: CouplingGraph) -> dict[str, Any]:
             "parameters": sum(program.state[name].numel() for name in program.parameters),
             "tied": dict(program.tied),
         },
-        "groups": describe_groups(coupling),
+        "groups": [
+            {
+                **group,
+                **({"importance": dict(found)} if (found := known.get(group["name"])) else {}),
+            }
+            for group in describe_groups(coupling)
+        ],
         "pinned": [dict(vars(found)) for found in coupling.pinned],
         "nodes": nodes,
         "edges": edges,
