@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from prunec.errors import TraceError, VerifyError
 from prunec.events import Progress, silent
-from prunec.graph.coupling import block_of
+from prunec.graph.paths import block_of
 from prunec.graph.program import Program, module_path, source_line
 
 Values = dict[fx.Node, Any]

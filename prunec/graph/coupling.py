@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import groupby, takewhile
+from itertools import groupby
 
 import networkx as nx
 
 from prunec.errors import PlanError
+from prunec.graph.branches import Branch, find_branches
 from prunec.graph.dims import Dim
 from prunec.graph.kinds import infer_kinds
+from prunec.graph.paths import block_of, common_path
 from prunec.graph.program import Program, source_line
 from prunec.graph.propagate import Layout, propagate
 
@@ -86,11 +87,7 @@ class CouplingGraph:
             PlanError: naming the nearest groups if there is none.
         """
         if name not in self._by_name:
-            near = get_close_matches(name, self._by_name, n=3, cutoff=0.5)
-            raise PlanError(
-                f"the model has no group {name!r}",
-                fix=f"nearest: {', '.join(near)}" if near else "prunec analyze lists the groups",
-            )
+            raise _unknown("group", name, self._by_name)
         return self._by_name[name]
 
     def __contains__(self, name: str) -> bool:
@@ -110,6 +107,22 @@ class CouplingGraph:
                         found.append(Pinned(name, axis, leaf.size, note.reason, where))
         return tuple(found)
 
+    def branch(self, name: str) -> Branch:
+        """The branch of that name.
+
+        Raises:
+            PlanError: naming the nearest branches if there is none.
+        """
+        known = {branch.name: branch for branch in self.branches}
+        if name not in known:
+            raise _unknown("branch", name, known)
+        return known[name]
+
+    @cached_property
+    def branches(self) -> tuple[Branch, ...]:
+        """What is added to a residual stream and can be left out, in the order of the graph."""
+        return find_branches(self.program, self.layout)
+
     def _parameters(self) -> list[str]:
         return [name for name in self.layout.parameters if name in self.program.parameters]
 
@@ -123,6 +136,14 @@ class CouplingGraph:
         return _axis_graph(self)
 
 
+def _unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return PlanError(
+        f"the model has no {what} {name!r}",
+        fix=f"nearest: {', '.join(near)}" if near else "prunec analyze lists what it has",
+    )
+
+
 def couple(program: Program, *, strict: bool = False) -> CouplingGraph:
     """Work out from the graph which slices of which weights must go together.
 
@@ -130,25 +151,6 @@ def couple(program: Program, *, strict: bool = False) -> CouplingGraph:
         strict: raise MissingRule where an operator has no dim rule, instead of pinning.
     """
     return CouplingGraph(program, propagate(program, strict=strict))
-
-
-_BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
-
-
-def block_of(name: str) -> str | None:
-    """The outermost indexed module on a path: ``model.layers.3.mlp`` -> ``model.layers.3``."""
-    match = _BLOCK.match(name)
-    return match.group() if match else None
-
-
-def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Parameter names by repeated block, in model order; names outside any block are left out."""
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        block = block_of(name)
-        if block is not None:
-            blocks.setdefault(block, []).append(name)
-    return blocks
 
 
 def _groups(program: Program, layout: Layout) -> tuple[Group, ...]:
@@ -197,13 +199,6 @@ def _names(
         used[name] = used.get(name, 0) + 1
         names[leaf] = name if used[name] == 1 else f"{name}#{used[name]}"
     return names
-
-
-def common_path(parameters: Sequence[str]) -> str:
-    """The innermost module that holds all these parameters."""
-    first, *others = [name.split(".")[:-1] for name in parameters]
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(first, *others, strict=False))
-    return ".".join(parts[0] for parts in same)
 
 
 def _common_block(members: Sequence[Member]) -> str | None:

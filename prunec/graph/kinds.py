@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from torch import fx
-
 from prunec.graph.dims import Dim
 from prunec.graph.program import Program
 from prunec.graph.propagate import Layout
+from prunec.graph.sums import residual_leaves
 
 
 class Place(Protocol):
@@ -83,51 +82,3 @@ def _in_two_halves(dim: Dim, leaf: Dim) -> bool:
     if root.form == "product" and parts[-1].size == 2 and parts[-1].has("pinned"):
         return len(parts) > 1 and parts[-2] is leaf
     return any(_in_two_halves(part, leaf) for part in parts)
-
-
-def residual_leaves(program: Program, layout: Layout) -> set[Dim]:
-    """Leaves on a residual stream: axes of a sum ``x + f(x)``."""
-    found: set[Dim] = set()
-    for node in residual_sums(program, layout):
-        found.update(leaf for dim in layout.dims(node) for leaf in dim.leaves())
-    return found
-
-
-def residual_sums(program: Program, layout: Layout) -> list[fx.Node]:
-    """Additions of two tensors, one of which is computed from the other by way of a weight.
-
-    The way through a product matters: ``x + x**3`` inside an activation is no residual branch.
-    """
-    ancestors: dict[fx.Node, int] = {}
-    through: dict[fx.Node, int] = {}  # those with a product on some way here
-    position = {node: i for i, node in enumerate(program.graph.nodes)}
-    sums: list[fx.Node] = []
-    for node in program.graph.nodes:
-        every = mixed = 0
-        for source in node.all_input_nodes:
-            every |= ancestors[source] | (1 << position[source])
-            mixed |= through[source]
-        ancestors[node], through[node] = every, every if _is_product(node) else mixed
-        operands = [n for n in node.all_input_nodes if n in layout.data]
-        if len(operands) == 2 and _is_addition(node):
-            a, b = operands
-            if through[a] >> position[b] & 1 or through[b] >> position[a] & 1:
-                sums.append(node)
-    return sums
-
-
-_PRODUCTS = ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "einsum", "_grouped_mm")
-
-
-def _is_product(node: fx.Node) -> bool:
-    name = _operator(node)
-    return name in _PRODUCTS or "conv" in name or "grouped_mm" in name
-
-
-def _is_addition(node: fx.Node) -> bool:
-    return _operator(node) == "add"
-
-
-def _operator(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else str(schema.name).removeprefix("aten::").removesuffix("_")

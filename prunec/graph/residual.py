@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from prunec.graph.coupling import block_of
-from prunec.graph.kinds import residual_sums
+from prunec.graph.paths import block_of
 from prunec.graph.program import Program, module_path
 from prunec.graph.propagate import Layout
+from prunec.graph.sums import ResidualSum, residual_sums
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,19 @@ def passages(program: Program, layout: Layout) -> dict[str, Passage]:
     A block that is called several times enters at its first call and leaves at its last. Where a
     second stream begins (a decoder beside its encoder) the block before it leaves at its last sum.
     """
-    found: dict[str, list[fx.Node]] = {}
-    for node in residual_sums(program, layout):
-        block = block_of(module_path(node))
+    found: dict[str, list[ResidualSum]] = {}
+    for residual in residual_sums(program, layout):
+        block = block_of(module_path(residual.total))
         if block is not None:
-            found.setdefault(block, []).append(node)
-    enters = {block: _skipped(sums[0]) for block, sums in found.items()}
+            found.setdefault(block, []).append(residual)
+    enters = {block: sums[0].stream for block, sums in found.items()}
     result: dict[str, Passage] = {}
     following = [*list(enters.values())[1:], None]
     for (block, sums), after in zip(found.items(), following, strict=True):
-        continued = after is not None and sums[-1] in _ancestors(after) | {after}
-        result[block] = Passage(enters[block], after if continued and after else sums[-1])
+        last = sums[-1].total
+        continued = after is not None and last in _ancestors(after) | {after}
+        result[block] = Passage(enters[block], after if continued and after else last)
     return result
-
-
-def _skipped(node: fx.Node) -> fx.Node:
-    """Of the two operands of a residual sum, the one that the other is computed from."""
-    a, b = node.all_input_nodes[:2]
-    return b if b in _ancestors(a) else a
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

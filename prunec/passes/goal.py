@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from prunec.errors import PlanError
 from prunec.graph.cost import Counts, parameter_count
-from prunec.graph.coupling import CouplingGraph, Group, blocks_of
+from prunec.graph.coupling import CouplingGraph, Group
+from prunec.graph.paths import blocks_of
 from prunec.passes.costs import Measure, Parameters, measure_for
 from prunec.passes.latency import LatencyMeasure
 from prunec.passes.sites import Site

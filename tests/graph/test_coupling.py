@@ -13,7 +13,8 @@ from programs import describe
 from torch import nn
 
 from prunec.errors import PlanError
-from prunec.graph.coupling import CouplingGraph, block_of, blocks_of, couple
+from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.paths import block_of, blocks_of
 from prunec.graph.trace import trace
 
 TOKENS = {"input_ids": torch.arange(5, 27).reshape(2, 11)}

@@ -20,7 +20,8 @@ from prunec.codegen.gate import prepare
 from prunec.codegen.hf import check_model, write_model
 from prunec.codegen.shrink import Shrunk, shrink
 from prunec.errors import ExportError, PrunecError
-from prunec.graph.coupling import CouplingGraph, Group, common_path, couple
+from prunec.graph.coupling import CouplingGraph, Group, couple
+from prunec.graph.paths import common_path
 from prunec.graph.program import Program
 from prunec.graph.trace import trace
 from prunec.passes import oracle

@@ -10,8 +10,9 @@ from typing import TypeVar
 from torch import fx
 
 from prunec.graph.cost import node_flops, parameter_count
-from prunec.graph.coupling import CouplingGraph, Group, Pinned, block_of
+from prunec.graph.coupling import CouplingGraph, Group, Pinned
 from prunec.graph.dims import Dim
+from prunec.graph.paths import block_of
 
 T = TypeVar("T")
 
