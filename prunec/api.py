@@ -27,6 +27,7 @@ from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
 from prunec.passes.budget import Budget, block_budget
 from prunec.passes.dense import GroupScores, dense_sites, score_groups
+from prunec.passes.depth import choose_branches, drop, verify_dropped
 from prunec.passes.goal import Goal, block_parameters
 from prunec.passes.latency import paired_ratio
 from prunec.passes.plan import Plan
@@ -237,9 +238,9 @@ def prune(
         skipped=tuple(skipped),
         calibration=_describe(calibration),
         aim=_aim(budget),
-        **_sizes(coupling, pruned.weights),
+        **_sizes(coupling, coupling, pruned.weights),
     )
-    result = _deliver(model, coupling, pruned.weights, plan, report, clock, progress)
+    result = _deliver(model, coupling, coupling, pruned.weights, plan, report, clock, progress)
     if aim.kind != "latency":
         return result
     with progress.task("measure the latency reached"), clock("measure latency"):
@@ -360,11 +361,12 @@ def apply_plan(
     """
     clock = _Clock()
     with progress.task("trace the model"), clock("trace"):
-        coupling = couple(trace(model, example))
+        dense = couple(trace(model, example))
+        coupling = drop(dense, plan.dropped)
     selection = plan.selection(coupling)
     weights = Weights(coupling, coupling.program.state, selection=selection)
-    report = Report(recipe=None, ratio=None, seed=0, **_sizes(coupling, weights))
-    return _deliver(model, coupling, weights, plan, report, clock, progress)
+    report = Report(recipe=None, ratio=None, seed=0, **_sizes(dense, coupling, weights))
+    return _deliver(model, dense, coupling, weights, plan, report, clock, progress)
 
 
 def _build(recipe: Recipe, seed: int) -> tuple[Any, Any, Any]:
@@ -406,21 +408,22 @@ def _describe(calibration: Batches) -> dict[str, Any]:
     }
 
 
-def _sizes(coupling: CouplingGraph, weights: Weights) -> dict[str, Any]:
+def _sizes(dense: CouplingGraph, coupling: CouplingGraph, weights: Weights) -> dict[str, Any]:
     """Before and after; biases that were fitted where there was none count as the result's."""
     counts = weights.selection.counts
     added = added_parameters(coupling.program, weights)
     fitted = sum(bias.numel() for bias in added.values())
-    before, after = block_parameters(coupling), block_parameters(coupling, counts)
+    before, after = block_parameters(dense), block_parameters(coupling, counts)
     return {
         "block_parameters": (sum(before.values()), sum(after.values()) + fitted),
-        "parameters": (parameter_count(coupling), parameter_count(coupling, counts) + fitted),
-        "flops": (flops(coupling), flops(coupling, counts)),
+        "parameters": (parameter_count(dense), parameter_count(coupling, counts) + fitted),
+        "flops": (flops(dense), flops(coupling, counts)),
     }
 
 
 def _deliver(
     model: nn.Module,
+    dense: CouplingGraph,
     coupling: CouplingGraph,
     weights: Weights,
     plan: Plan,
@@ -428,19 +431,30 @@ def _deliver(
     clock: _Clock,
     progress: Progress,
 ) -> Result:
-    """Prove the slicing, and put the weights into a smaller module of the same class."""
-    tensors = dict(weights)
+    """Prove the rewriting, and put the weights into a smaller module of the same class.
+
+    Args:
+        dense: of the whole model.
+        coupling: of what is left without the plan's dropped branches.
+        weights: of the latter, sliced.
+    """
+    tensors, checks = dict(weights), tuple[str, ...]()
     program = slice_program(coupling, weights.selection, tensors)
+    if plan.dropped:
+        with progress.task("compare with silenced branches"), clock("verify"):
+            difference = verify_dropped(dense, plan.dropped)
+        checks = (f"dropping equals silencing within {difference:.1e}",)
     if not _is_transformers(model):
         with progress.task("compare with the masked model"), clock("verify"):
             difference = verify_sliced(coupling, weights.selection, tensors)
-        checks = (f"sliced equals masked within {difference:.1e}",)
+        checks = (*checks, f"sliced equals masked within {difference:.1e}")
         report = replace(report, checks=checks, seconds=clock.seconds)
         return Result(bound_module(program), plan, report, program)
     sliced = sliced_parameters(coupling, weights.selection, tensors)
+    sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
     with clock("shrink and verify"):
         shrunk = shrink(model, sliced, example=example_inputs(model), progress=progress)
-    report = replace(report, checks=shrunk.checks, seconds=clock.seconds)
+    report = replace(report, checks=(*checks, *shrunk.checks), seconds=clock.seconds)
     return Result(shrunk.model, plan, report, program, shrunk)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from prunec.codegen.attributes import Candidate, Values, candidate, sizes_seen
 from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
-from prunec.codegen.perturb import meta_model, numbers_of
+from prunec.codegen.modeling_prunec import Skipped
+from prunec.codegen.perturb import build, meta_model, numbers_of
 from prunec.codegen.search import Choice, search
 from prunec.codegen.twin import assemble, stock_class, tensors_of
 from prunec.errors import ExportError
@@ -59,6 +60,8 @@ def config_fields(
     uniform: dict[str, Any] | None = None
     if sliced.added:
         reason = f"{len(sliced.added)} parameters are not in the stock class"
+    elif gone := [path for path, m in small.named_modules() if isinstance(m, Skipped)]:
+        reason = f"modules inside a layer are left out ({', '.join(gone)})"
     elif (name := _uneven(model, small)) is not None:
         reason = f"the layers differ in size ({name})"
     else:
@@ -166,7 +169,8 @@ class _Layers:
             cls, config = stock_class(self._model), self._model.config
             self._built[key] = meta_model(cls, config, fields, validate=False)
         built = self._built[key]
-        return {} if built is None else shapes_of(built, self._places[at] + ".")
+        shapes = {} if built is None else shapes_of(built, self._places[at] + ".")
+        return {n: shape for n, shape in shapes.items() if n in self._wanted[at]}  # but left out
 
     def differ(self, choice: Choice, base: dict[str, int]) -> str | None:
         for at, wanted in enumerate(self._wanted):
@@ -278,12 +282,10 @@ def _same_numbers(
     model: Any, small: nn.Module, fields: dict[str, Any], example: Mapping[str, Tensor]
 ) -> bool:
     """Whether the stock class, built from those fields around the same tensors, equals `small`."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
     built = meta_model(stock_class(model), model.config, fields)
     assert built is not None
-    with init_empty_weights(include_buffers=False):
-        built = stock_class(model)(built.config)
+    built = build(stock_class(model), built.config)
+    assert built is not None
     stock = assemble(built, tensors_of(small)).eval()
     check = checks(small, example, ((2, 9),))[0]
     try:
@@ -309,6 +311,7 @@ def _with_cache_geometry(
     if getattr(config, "is_encoder_decoder", False) or "input_ids" not in example:
         return layers
     shapes = _cached_shapes(small, example)
+    counting = {getattr(m, "layer_idx", None) for m in small.modules() if isinstance(m, Skipped)}
     if len(shapes) != len(small.get_submodule(path)):
         return layers
     grouped = getattr(config, "num_key_value_heads", None) is not None
@@ -316,6 +319,8 @@ def _with_cache_geometry(
     head_dim = getattr(config, "head_dim", None)
     found, own = {index: dict(row) for index, row in layers.items()}, overrides(config)
     for index, (heads, size) in enumerate(shapes):
+        if index in counting:
+            continue
         row = {**own.get(index, {}), **found.get(index, {})}
         said = row.get(name, getattr(config, name, None))
         if said != heads:

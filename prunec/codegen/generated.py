@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from prunec.codegen import modeling_prunec
 from prunec.codegen.fields import ConfigFields, overrides, shapes_of
-from prunec.codegen.modeling_prunec import Pruned
+from prunec.codegen.modeling_prunec import Pruned, Skipped
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import stock_class, tensors_of
 from prunec.errors import ExportError
@@ -88,7 +88,7 @@ def _accepts(cls: Any, values: dict[str, Any]) -> bool:
 
 
 def table(model: Any, attributes: Attributes) -> dict[str, Any]:
-    """What the generated class does to the stock one: shapes, added parameters, numbers."""
+    """What the generated class does to the stock one: shapes, parameters, numbers, what is gone."""
     stock = _built(model)
     before = {n: list(t.shape) for n, t in tensors_of(stock).items()}
     saved = model.state_dict().keys() | shapes_of(model).keys()
@@ -100,7 +100,7 @@ def table(model: Any, attributes: Attributes) -> dict[str, Any]:
         "shapes": {n: s for n, s in now.items() if n in before and s != before[n]},
         "added": {n: s for n, s in now.items() if n not in before},
         "attrs": _merged(earlier.get("attrs", {}), attributes),
-        "skip": earlier.get("skip", {}),
+        "skip": {p: m.returns for p, m in model.named_modules() if isinstance(m, Skipped)},
     }
 
 

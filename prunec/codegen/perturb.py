@@ -36,6 +36,20 @@ def meta_model(
         return None
 
 
+def build(cls: type[nn.Module], config: Any) -> Any:
+    """`cls` of a config, parameters on meta and buffers real; None where it refuses."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            made: Any = cls(config)
+    except (*FORWARD_ERRORS, StrictDataclassError):
+        return None
+    if hasattr(made, "tie_weights"):
+        made.tie_weights()  # each tied name got a parameter of its own
+    return made
+
+
 def _perturbations(model: nn.Module, fields: dict[str, int]) -> Iterator[tuple[str, nn.Module]]:
     """The stock class with one field doubled, or halved, or one more, where it allows that."""
     cls = stock_class(model)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from prunec.codegen.battery import Check, attention_choices, checks
+from prunec.codegen.depth import without_branches
 from prunec.codegen.fields import ConfigFields, config_fields
-from prunec.codegen.fit import Attributes, Outcomes, Reference, first_failure, fit, outcomes_of
+from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, outcomes_of
 from prunec.codegen.generated import adopt, auto_classes
 from prunec.codegen.modeling_prunec import set_attributes
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
-from prunec.errors import ExportError, VerifyError
+from prunec.errors import ExportError, PrunecError, VerifyError
 from prunec.events import Progress, silent
 from prunec.graph.selection import Sliced
 from prunec.models.quiet import quiet
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, ...]
 PROOF_SHAPES = ((2, 9),)  # (batch, sequence) at which the whole model is run once more
@@ -77,16 +81,36 @@ def shrink(
     """
     _validate(model, sliced)
     with quiet():
-        with progress.task("fit the module to its new sizes"):
-            found = fit(model, sliced, example, reference)
-            small = assemble(model, sliced.weights, sliced.added).eval()
-            for path, values in found.attributes.items():
-                set_attributes(small.get_submodule(path), values)
-        with progress.task("compare the whole module with the masked one"):
-            proven = _prove(model, sliced, small, example, reference, caches=found.caches)
-        fields = config_fields(model, small, sliced, example)
-        if auto_classes(small):
-            adopt(small, found.attributes, fields)
+        failure: PrunecError | None = None
+        for base, part in without_branches(model, sliced, example):
+            try:
+                with progress.task("fit the module to its new sizes"):
+                    found = fit(base, part, example, reference)
+                    small = assemble(base, part.weights, part.added).eval()
+                    for path, values in found.attributes.items():
+                        set_attributes(small.get_submodule(path), values)
+                with progress.task("compare the whole module with the masked one"):
+                    proven = _prove(model, sliced, small, example, reference, caches=found.caches)
+                return _finished(base, part, small, found, proven, example)
+            except (ExportError, VerifyError) as error:
+                log.info("not delivered so: %s", error)
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+
+def _finished(
+    model: nn.Module,
+    sliced: Sliced,
+    small: nn.Module,
+    found: Fit,
+    proven: tuple[str, ...],
+    example: Mapping[str, Tensor],
+) -> Shrunk:
+    """The module under the config and class that say its sizes."""
+    fields = config_fields(model, small, sliced, example)
+    if auto_classes(small):
+        adopt(small, found.attributes, fields)
     passed = (*(f"{check.name} (redrawn weights)" for check in found.checks), *proven)
     new = sliced.weights
     sizes = {
@@ -126,7 +150,7 @@ def _prove(
         names = attention_choices(small)
         outcomes = [(Check(f"as traced, {n}", dict(example), n), wanted) for n in names]
     else:
-        outcomes = _twin_outcomes(model, sliced, example, caches)
+        outcomes = _twin_outcomes(model, sliced, example, caches or bool(sliced.skip))
     reason = first_failure(small, outcomes) if outcomes else "no check applies to this class"
     if reason is not None:
         raise VerifyError(
@@ -145,8 +169,11 @@ def _twin_outcomes(
     last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
     first = battery[0].attention
     chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]
-    outcomes = outcomes_of(LazyTwin(model, sliced).module.eval(), chosen)
+    twin = LazyTwin(model, sliced).module.eval()
+    outcomes = outcomes_of(twin, chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
         outcomes = outcomes_of(twin, chosen)
+    if sliced.skip:  # what was left out may count the tokens in a cache: asked of the dense class
+        outcomes = [o for o in outcomes if not o[0].decode or first_failure(twin, [o]) is None]
     return outcomes

@@ -87,7 +87,19 @@ def padded(model: nn.Module, sliced: Sliced, weights: Mapping[str, Tensor]) -> d
     for name, tensor in weights.items():
         if name in sliced.keep and id(tensor) not in full:
             full[id(tensor)] = scatter(tensor, sliced.keep[name], old[name].shape)
-    return {name: full.get(id(tensor), tensor) for name, tensor in weights.items()}
+    kept = {name: full.get(id(tensor), tensor) for name, tensor in weights.items()}
+    return {**kept, **_absent(model, weights)}
+
+
+def _absent(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros, one number in memory, for each parameter of a branch that was left out."""
+    like = next(iter(weights.values()))
+    zero, made = like.new_zeros(()), dict[int, Tensor]()
+    for name, old in model.named_parameters(remove_duplicate=False):
+        if name not in weights:
+            made.setdefault(id(old), zero.expand(old.shape))
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: made[id(old)] for name, old in named if name not in weights}
 
 
 class LazyTwin:
@@ -95,7 +107,8 @@ class LazyTwin:
 
     def __init__(self, model: nn.Module, sliced: Sliced) -> None:
         old = tensors_of(model)
-        self.module = assemble(model, sliced.weights, sliced.added)
+        tensors = {**sliced.weights, **_absent(model, sliced.weights)}
+        self.module = assemble(model, tensors, sliced.added)
         owners: dict[str, list[tuple[str, Callable[[], Tensor]]]] = {}
         for name, keep in sliced.keep.items():
             path, _, leaf = name.rpartition(".")

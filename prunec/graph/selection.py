@@ -304,9 +304,12 @@ class Sliced:
             (None: the whole axis).
         extents: the sizes that changed.
         added: parameters that the stock model lacks (fitted biases).
+        skip: branch -> the modules that lie in it, for branches that are left out; parameters that
+            only they read are not among the weights.
     """
 
     weights: Mapping[str, Tensor]
     keep: Mapping[str, tuple[IntArray | None, ...]]
     extents: tuple[Extent, ...]
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

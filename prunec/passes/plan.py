@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,14 +40,23 @@ class GroupKeep:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many and which units each group keeps; groups that are not named stay whole."""
+    """How many and which units each group keeps; groups that are not named stay whole.
+
+    ``dropped`` names the branches that are left out; the groups are those of the model without
+    them.
+    """
 
     groups: Mapping[str, GroupKeep] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """``{"format": 1, "groups": {name: {"size": n, "keep": [...] or {"0": [...]}}}}``."""
+        """``{"format": 1, "groups": {name: {"size": n, "keep": [...] or {"0": [...]}}}}``.
+
+        With branches left out: ``"dropped": [name, ...]``.
+        """
         return {
             "format": FORMAT,
+            **({"dropped": list(self.dropped)} if self.dropped else {}),
             "groups": {
                 name: {"size": keep.size, "keep": _rows_to_json(keep.rows)}
                 for name, keep in self.groups.items()
@@ -62,7 +71,11 @@ class Plan:
         groups = data.get("groups")
         if not isinstance(groups, dict):
             raise PlanError('a plan needs "groups": {name: {"size": n, "keep": [...]}}')
-        return cls({name: _group_from_json(name, entry) for name, entry in groups.items()})
+        dropped = data.get("dropped", [])
+        if not isinstance(dropped, list) or not all(isinstance(name, str) for name in dropped):
+            raise PlanError('"dropped" in a plan is a list of names of branches')
+        kept = {name: _group_from_json(name, entry) for name, entry in groups.items()}
+        return cls(kept, tuple(dropped))
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -76,17 +89,17 @@ class Plan:
         return cls.from_json(data)
 
     @classmethod
-    def of(cls, coupling: CouplingGraph, selection: Selection) -> Plan:
-        """The plan that a selection amounts to."""
+    def of(cls, coupling: CouplingGraph, selection: Selection, dropped: Sequence[str] = ()) -> Plan:
+        """The plan that a selection amounts to, on a model that these branches were dropped of."""
         entries = {}
         for group in coupling.groups:
             keep = selection.keep(group.dim)
             if keep is not None:
                 entries[group.name] = GroupKeep(group.size, dict(_rows_of(keep, selection)))
-        return cls(entries)
+        return cls(entries, tuple(dropped))
 
     def selection(self, coupling: CouplingGraph) -> Selection:
-        """The keep masks of this plan on a model.
+        """The keep masks of this plan on a model, the dropped branches gone (`depth.drop`).
 
         Raises:
             PlanError: for a group that the model lacks, another size, or units that cannot be
