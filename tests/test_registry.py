@@ -48,7 +48,7 @@ def test_the_built_ins_are_declared() -> None:
         "wanda",
     ]
     assert {"log-increase", "uniform"} <= set(registry.names("allocation"))
-    assert registry.names("compensation") == ["bias", "none", "obs"]
+    assert registry.names("compensation") == ["bias", "least-squares", "none", "obs", "scale-bias"]
     assert registry.names("exporters") == ["hf"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,7 @@ from prunec.graph.selection import Selection
 
 Environment = dict[fx.Node, Any]
 Visitor = Callable[[int, Tensor], None]
+Reader = Callable[[fx.Node], Tensor]
 
 
 class Stream:
@@ -101,33 +103,50 @@ class Stream:
                     steps[self._last_use[node] + 1] -= elements
         return list(accumulate(steps))
 
+    @property
+    def batches(self) -> int:
+        return len(self._live)
+
+    def weight(self, name: str) -> Tensor:
+        """The present tensor of that name, on the device where values are computed."""
+        return self._weight(name).to(self._device)
+
     def advance(self, stop: fx.Node, operand: fx.Node, visit: Visitor) -> None:
         """Run every batch up to, not including, ``stop``; show each its value of ``operand``.
+
+        Raises:
+            VerifyError: if a batch produces NaN or Inf there, naming the node.
+        """
+        for number, read in enumerate(self.walk(stop)):
+            visit(number, read(operand))
+
+    @torch.no_grad()
+    def walk(self, stop: fx.Node) -> Iterator[Reader]:
+        """Run every batch up to, not including, ``stop``; per batch, what reads its values there.
+
+        Two streams that walk side by side show the same batch at the same time. Each walk is to be
+        finished before the next begins.
 
         Where the values of all batches at ``stop`` would take more than ``hold_bytes``, they are
         dropped after the visit and computed again on the next advance, from the place behind the
         last stop where least is alive: a wide site then costs time instead of memory.
-
-        Raises:
-            VerifyError: if a batch produces NaN or Inf there, naming the node.
         """
         end = self._position[stop]
         places = range(min(self._last_stop + 1, end), end + 1)
         restart = min(reversed(places), key=self._live_elements.__getitem__)
         before, after = self._nodes[self._cursor : restart], self._nodes[restart:end]
-        with torch.no_grad():
-            self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])
-            calls = self._calls([*before, *after])
-            hold = True
-            for number, waiting in enumerate(self._live):
-                live = _moved(waiting, self._device)
-                self._run(before, live, calls)
-                held = dict(live)
-                self._run(after, live, calls)
-                visit(number, self._checked(live, operand, number))
-                if number == 0:
-                    hold = _bytes(live) * len(self._live) <= self._hold_bytes
-                self._live[number] = _moved(live if hold else held, self._storage)
+        self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])
+        calls = self._calls([*before, *after])
+        hold = True
+        for number, waiting in enumerate(self._live):
+            live = _moved(waiting, self._device)
+            self._run(before, live, calls)
+            held = dict(live)
+            self._run(after, live, calls)
+            yield partial(self._checked, live, number)
+            if number == 0:
+                hold = _bytes(live) * len(self._live) <= self._hold_bytes
+            self._live[number] = _moved(live if hold else held, self._storage)
         self._last_stop = end
         self._cursor = end if hold else restart
         self._drop_shared(self._cursor)
@@ -218,7 +237,7 @@ class Stream:
             name = self.program.bindings.get(node.name)
             if name is None:
                 raise TraceError(f"the value of {node.name} is gone", where=source_line(node))
-            return self._weight(name).to(self._device)
+            return self.weight(name)
 
         args = fx.map_arg(call.args, fetch)
         kwargs = fx.map_arg(call.kwargs, fetch)
@@ -227,7 +246,7 @@ class Stream:
             return self.selection.take(result, self.layout.dims(call.node))
         return result
 
-    def _checked(self, live: Environment, operand: fx.Node, number: int) -> Tensor:
+    def _checked(self, live: Environment, number: int, operand: fx.Node) -> Tensor:
         value = live[operand] if operand in live else self._shared[operand]
         if not bool(torch.isfinite(value).all()):
             raise VerifyError(

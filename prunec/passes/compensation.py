@@ -11,6 +11,10 @@ from torch import Tensor
 
 from prunec.errors import PlanError
 from prunec.importance.factorise import cholesky, damp
+from prunec.passes.regression import Regression
+
+CONSTANT = 1e-12
+"""Below this part of its second moment a variance is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,10 @@ class Compensation(Protocol):
     def bias(self) -> bool:
         """Whether it fits a bias where the model can carry one."""
 
+    @property
+    def regression(self) -> Regression | None:
+        """The moments of input and target that it reads too, if any."""
+
     def compensate(
         self,
         weight: Tensor,
@@ -50,7 +58,8 @@ class Compensation(Protocol):
 
         Args:
             weight: ``[out, columns]``, not changed.
-            statistics: of the site's input, all columns; those that :attr:`statistics` names.
+            statistics: of the site's input, all columns: those that :attr:`statistics` names, and
+                those of the :attr:`regression`.
             keep: bool ``[columns]``.
             bias: Whether the model can carry a bias here.
             name: The site, for messages.
@@ -63,6 +72,7 @@ class NoCompensation:
 
     statistics: ClassVar[frozenset[str]] = frozenset()
     bias: ClassVar[bool] = False
+    regression: ClassVar[Regression | None] = None
 
     def compensate(
         self,
@@ -86,6 +96,7 @@ class BiasCompensation:
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_mean"})
     bias: ClassVar[bool] = True
+    regression: ClassVar[Regression | None] = None
 
     def compensate(
         self,
@@ -123,6 +134,7 @@ class ObsCompensation:
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_gram"})
     bias: ClassVar[bool] = False
+    regression: ClassVar[Regression | None] = None
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
@@ -143,11 +155,70 @@ class ObsCompensation:
             VerifyError: NaN or Inf in the Gram matrix.
         """
         gram = statistics["input_gram"]
-        keep = keep.to(gram.device)
-        kept, lost = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
         dense = weight.detach().to(gram.device, torch.float64)
-        damped = damp(gram, self.damping, name=name)
-        factor = cholesky(damped.matrix(kept), name=name)
-        cross = gram[kept[:, None], lost].double() @ dense[:, lost].T
-        moved = dense[:, kept] + torch.cholesky_solve(cross, factor).T
+        moved = onto_the_others(dense, gram, keep.to(gram.device), self.damping, name)
         return Mended(moved.to(weight.device, weight.dtype))
+
+
+@dataclass(frozen=True)
+class ScaleBiasCompensation:
+    """A scale and a bias per output channel: ``y_c ~ a_c y'_c + b_c`` by ordinary least squares.
+
+    SlimLLM (arXiv 2505.22689, METHODS 2.3): y is the output of the full weight on the input that
+    earlier sites have shaped, y' that of the kept columns as they are. The scales go into the rows
+    of the weight. Computed from the moments of the input, so that no token is kept.
+
+    Attributes:
+        bias: Fit the bias too; without it the line goes through the origin. Where the model cannot
+            carry one it is not fitted either.
+    """
+
+    bias: bool = True
+
+    regression: ClassVar[Regression | None] = None
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return frozenset({"input_gram", "input_mean"} if self.bias else {"input_gram"})
+
+    def compensate(
+        self,
+        weight: Tensor,
+        statistics: Mapping[str, Tensor],
+        keep: Tensor,
+        *,
+        bias: bool = False,
+        name: str = "the site",
+    ) -> Mended:
+        """The kept columns of `weight`, every row scaled; a bias where the model can carry it.
+
+        A channel that the kept columns leave constant keeps its row.
+        """
+        gram = statistics["input_gram"].double()
+        keep = keep.to(gram.device)
+        dense = weight.detach().to(gram.device, torch.float64)
+        kept = dense * keep
+        mean, mean_kept = torch.zeros(2, len(dense), dtype=torch.float64, device=gram.device)
+        if self.bias and bias:
+            mean, mean_kept = (w @ statistics["input_mean"].double() for w in (dense, kept))
+        seen = kept @ gram
+        power = (seen * kept).sum(dim=1)
+        variance = power - mean_kept.square()
+        covariance = (seen * dense).sum(dim=1) - mean_kept * mean
+        known = variance > CONSTANT * power
+        scale = torch.where(known, covariance / torch.where(known, variance, 1.0), 1.0)
+        mended = (scale[:, None] * dense[:, keep]).to(weight.device, weight.dtype)
+        return Mended(mended, mean - scale * mean_kept if self.bias and bias else None)
+
+
+def onto_the_others(dense: Tensor, gram: Tensor, keep: Tensor, damping: float, name: str) -> Tensor:
+    """``W_S + W_P C_PS (C_SS + lambda I)^-1``: the kept columns make up for the removed ones."""
+    lost = dense[:, ~keep] @ gram[~keep][:, keep].double()
+    return dense[:, keep] + ridge(lost, gram, keep, damping, name)
+
+
+def ridge(right: Tensor, gram: Tensor, keep: Tensor, damping: float, name: str) -> Tensor:
+    """``R (C_SS + lambda I)^-1``, lambda being `damping` times the mean diagonal of C."""
+    damped = damp(gram, damping, name=name)
+    factor = cholesky(damped.matrix(keep.nonzero()[:, 0]), name=name)
+    return torch.cholesky_solve(right.T, factor).T

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from prunec.graph.interpreter import Stream
+from prunec.graph.interpreter import Reader, Stream
 from prunec.importance.statistics import Collector, collector, producer_statistics, statistic_of
+from prunec.passes.regression import Moments, Regression
 from prunec.passes.sites import Site
 
 Statistics = Mapping[str, Tensor]
@@ -25,6 +26,7 @@ class _Stop:
     operand: fx.Node
     site: str
     collectors: tuple[Collector, ...]
+    moments: Moments | None = None
 
 
 class Measurement:
@@ -33,10 +35,26 @@ class Measurement:
     Each site's collectors live from the first call that they watch to :meth:`take`. What makes a
     site's units may run before an earlier site is reached (attention beside an FFN), so the stops
     of all sites are kept in the order of the graph.
+
+    Args:
+        regression: the moments of input and target that are taken too, if any.
+        dense: the dense program's stream, for a regression that needs it.
     """
 
-    def __init__(self, stream: Stream, sites: Sequence[Site], names: Collection[str]):
+    def __init__(
+        self,
+        stream: Stream,
+        sites: Sequence[Site],
+        names: Collection[str],
+        *,
+        regression: Regression | None = None,
+        dense: Stream | None = None,
+    ):
         self.stream = stream
+        self._dense = dense
+        self._moments = {
+            site.name: Moments(regression, site, stream, dense) for site in sites if regression
+        }
         self._collectors: dict[str, dict[str, Collector]] = {}
         order = {node: i for i, node in enumerate(stream.program.graph.nodes)}
         stops = [stop for site in sites for stop in self._stops(site, names, order)]
@@ -52,12 +70,16 @@ class Measurement:
             self._advance()
         collectors = self._collectors.pop(site.name)
         finished = {statistic: statistic.finish() for statistic in set(collectors.values())}
-        return {key: finished[statistic] for key, statistic in collectors.items()}
+        taken = {key: finished[statistic] for key, statistic in collectors.items()}
+        if site.name in self._moments:
+            taken |= self._moments.pop(site.name).statistics()
+        return taken
 
     def skip(self, site: Site) -> None:
         """Take no statistics of this site."""
         self._pending = [stop for stop in self._pending if stop.site != site.name]
         self._collectors.pop(site.name)
+        self._moments.pop(site.name, None)
 
     def _stops(
         self, site: Site, names: Collection[str], order: Mapping[fx.Node, int]
@@ -67,8 +89,9 @@ class Measurement:
             name: collector(name, site=site.name) for name in sorted(set(names) - set(of_producers))
         }
         known: dict[str, Collector] = dict(own)
-        watched = [
-            (node, operand, tuple(own.values()))
+        moments = self._moments.get(site.name)
+        watched: list[tuple[fx.Node, fx.Node, tuple[Collector, ...], Moments | None]] = [
+            (node, operand, tuple(own.values()), moments)
             for node, operand in zip(site.nodes, site.operands, strict=True)
         ]
         # Producers that multiply the same value (gate and up; q, k and v) share its statistics.
@@ -81,14 +104,14 @@ class Measurement:
                     name: collector(base, site=place) for name, base in of_producers.items()
                 }
                 there = tuple(taken[operands].values())
-                watched += [(node, operand, there) for node, operand in producer.calls]
+                watched += [(node, operand, there, None) for node, operand in producer.calls]
             for name, statistic in taken[operands].items():
                 known[statistic_of(name, producer.parameter)] = statistic
         self._collectors[site.name] = known
         return [
-            _Stop(order[node], node, operand, site.name, collectors)
-            for node, operand, collectors in watched
-            if collectors
+            _Stop(order[node], node, operand, site.name, collectors, pair)
+            for node, operand, collectors, pair in watched
+            if collectors or pair
         ]
 
     def _advance(self) -> None:
@@ -102,9 +125,17 @@ class Measurement:
         assert len(by_operand) == 1, f"{node.name} reads units through two operands"
         ((operand, collectors),) = by_operand.items()
 
-        def update(batch: int, value: Tensor) -> None:
+        paired = [stop.moments for stop in here if stop.moments is not None]
+        for batch, (read, read_dense) in enumerate(self._walk(node, beside=bool(paired))):
+            value = read(operand)
             tokens = self.stream.real_tokens(batch, value)
             for statistic in collectors:
                 statistic.update(value, tokens)
+            for moments in paired:
+                moments.update(batch, node, read, read_dense)
 
-        self.stream.advance(node, operand, update)
+    def _walk(self, node: fx.Node, *, beside: bool) -> Iterator[tuple[Reader, Reader | None]]:
+        """Batch by batch, the values of the pruned program and, beside them, the dense one's."""
+        if beside and self._dense is not None:
+            return zip(self.stream.walk(node), self._dense.walk(node), strict=True)
+        return ((read, None) for read in self.stream.walk(node))

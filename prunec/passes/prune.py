@@ -87,13 +87,13 @@ def prune_sites(
     with progress.task("pruning", total=len(sites)) as task:
         for site in shared:
             worker.visit(site, worker.measurement(batches, [site]))
-            weights.release()
+            worker.release()
             task.advance()
         measurement = worker.measurement(batches, single)
         for site in single:
             task.update(f"pruning {site.name}")
             worker.visit(site, measurement)
-            weights.release()
+            worker.release()
             task.advance()
     budget.close()
     return Pruned(weights, weights.selection, tuple(worker.reports))
@@ -115,6 +115,7 @@ class _Worker:
         self._criterion = criterion
         self._compensation = compensation
         self._weights = weights
+        self._dense = Weights(coupling, coupling.program.state, device=weights.device)
         self._budget = budget
         self._prior = prior
         self.reports: list[SiteReport] = []
@@ -122,17 +123,33 @@ class _Worker:
     def measurement(
         self, batches: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
     ) -> Measurement:
-        coupling, weights = self._coupling, self._weights
-        stream = Stream(
-            coupling.program,
-            coupling.layout,
+        regression = self._compensation.regression
+        dense = None
+        if regression is not None and regression.needs_dense:
+            dense = self._stream(batches, self._dense)
+        names = self._criterion.statistics | self._compensation.statistics
+        return Measurement(
+            self._stream(batches, self._weights),
+            sites,
+            names - set(GRADIENT_STATISTICS),
+            regression=regression,
+            dense=dense,
+        )
+
+    def _stream(self, batches: Sequence[Mapping[str, Tensor]], weights: Weights) -> Stream:
+        return Stream(
+            self._coupling.program,
+            self._coupling.layout,
             batches,
             weights.__getitem__,
             selection=weights.selection,
             device=weights.device,
         )
-        names = self._criterion.statistics | self._compensation.statistics
-        return Measurement(stream, sites, names - set(GRADIENT_STATISTICS))
+
+    def release(self) -> None:
+        """Hold no tensor that can be had again."""
+        self._weights.release()
+        self._dense.release()
 
     def visit(self, site: Site, measurement: Measurement) -> None:
         problem = site_problem(site, self._coupling, self._weights)

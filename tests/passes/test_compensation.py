@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from prunec.errors import PlanError, VerifyError
 from prunec.importance.elimination import start
-from prunec.passes.compensation import NoCompensation, ObsCompensation
+from prunec.passes.compensation import (
+    BiasCompensation,
+    NoCompensation,
+    ObsCompensation,
+    ScaleBiasCompensation,
+)
+from prunec.passes.least_squares import LeastSquares
 from prunec.registry import plugin
 
 
@@ -152,3 +159,217 @@ def test_damping_that_is_not_possible(damping):
 def test_built_ins_are_plug_ins():
     assert plugin("compensation", "none") is NoCompensation
     assert plugin("compensation", "obs") is ObsCompensation
+
+
+def joint(*parts: Tensor) -> Tensor:
+    """E[z z^T] of z = (x, 1) or (x, 1, t)."""
+    x, *rest = parts
+    z = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype), *rest], dim=1)
+    return z.T @ z / len(z)
+
+
+def fitted(method: LeastSquares, weight, keep, fit: Tensor, held: Tensor | None = None, bias=True):
+    statistics = {"fit_gram": fit} if held is None else {"fit_gram": fit, "held_gram": held}
+    return method.compensate(weight, statistics, keep, bias=bias)
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_least_squares_is_brute_force_regression_on_the_tokens(target, bias, seed):
+    weight, x, keep = site(seed=seed)
+    x = x + 3.0
+    t = x @ weight.T
+    parts = [x]
+    if target == "dense":
+        t = t + torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)).double()
+        parts.append(t)
+    method = LeastSquares(target, bias=bias, damping=0.0, holdout=0.0)
+    got = fitted(method, weight, keep, joint(*parts))
+    kept = x[:, keep]
+    design = torch.cat([kept, torch.ones(len(x), 1).double()], dim=1) if bias else kept
+    expected = torch.linalg.lstsq(design, t).solution.T
+    torch.testing.assert_close(got.weight, expected[:, : kept.shape[1]], rtol=1e-8, atol=1e-8)
+    if bias:
+        torch.testing.assert_close(got.bias, expected[:, -1], rtol=1e-8, atol=1e-8)
+    else:
+        assert got.bias is None
+
+
+def test_least_squares_on_its_own_output_is_obs():
+    weight, x, keep = site()
+    got = fitted(LeastSquares(holdout=0.0), weight, keep, joint(x))
+    expected = ObsCompensation().compensate(weight, {"input_gram": x.T @ x / len(x)}, keep)
+    torch.testing.assert_close(got.weight, expected.weight, rtol=1e-10, atol=1e-10)
+
+
+def test_without_a_place_for_a_bias_none_is_fitted():
+    weight, x, keep = site()
+    one = fitted(LeastSquares(bias=True, holdout=0.0), weight, keep, joint(x + 1), bias=False)
+    other = fitted(LeastSquares(holdout=0.0), weight, keep, joint(x + 1))
+    assert one.bias is None
+    assert torch.equal(one.weight, other.weight)
+
+
+def noisy(tokens: int, strength: float, seed: int):
+    """The target is the site's own output and noise that no input explains."""
+    weight, x, keep = site(columns=24, tokens=tokens, seed=seed)
+    mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(99)).double()
+    noise = torch.randn(tokens, len(weight), generator=torch.Generator().manual_seed(seed + 50))
+    weight = site(columns=24, seed=7)[0]
+    keep = torch.arange(24) % 3 != 0
+    x = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(seed)).double() @ mix
+    return weight, keep, x, x @ weight.T + strength * noise.double()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_windows_keep_it_from_memorising_noise(seed):
+    """With 20 tokens for 16 columns the noise can be fitted; what it then does is worse than obs."""
+    weight, keep, x, t = noisy(20, 60.0, seed)
+    _, _, unseen, truth = noisy(2000, 60.0, seed + 10)
+    _, _, others, other_truth = noisy(40, 60.0, seed + 20)
+    fit, held = joint(x, t), joint(others, other_truth)
+    plain = fitted(LeastSquares("dense", holdout=0.0, damping=1e-6), weight, keep, fit)
+    chosen = fitted(LeastSquares("dense", damping=1e-6), weight, keep, fit, held)
+
+    def error(mended, x, t):
+        return float((t - x[:, keep] @ mended.weight.T).square().mean())
+
+    assert error(plain, x, t) < error(chosen, x, t)  # it fits the seen tokens better
+    assert error(chosen, unseen, truth) < 0.8 * error(plain, unseen, truth)
+
+
+def test_the_ridge_that_is_chosen_is_the_best_on_what_was_held_out():
+    weight, keep, x, t = noisy(60, 20.0, 1)
+    _, _, others, other_truth = noisy(60, 20.0, 2)
+    fit, held = joint(x, t), joint(others, other_truth)
+    errors = []
+    candidates = [
+        LeastSquares("dense", bias=True, damping=d, holdout=0.0) for d in (0.01, 0.1, 1.0, 10.0)
+    ]
+    anchor = ObsCompensation().compensate(weight, {"input_gram": _centred(x)}, keep).weight
+    for method in candidates:
+        # The anchor's damping goes along with the step's: hold it at 0.01.
+        gram, cross = _centred(x), _centred(x, t)
+        own = gram[keep][:, keep]
+        ridge = method.damping * gram.diagonal().mean() * torch.eye(int(keep.sum())).double()
+        moved = anchor + (cross[:, keep] - anchor @ own) @ torch.linalg.inv(own + ridge)
+        errors.append((_held_error(moved, keep, x, t, others, other_truth), moved))
+    errors.append((_held_error(anchor, keep, x, t, others, other_truth), anchor))
+    got = fitted(LeastSquares("dense", bias=True), weight, keep, fit, held)
+    best = min(errors, key=lambda pair: pair[0])
+    torch.testing.assert_close(got.weight, best[1], rtol=1e-8, atol=1e-8)
+
+
+def _centred(x: Tensor, t: Tensor | None = None) -> Tensor:
+    other = x if t is None else t
+    return (other - other.mean(0)).T @ (x - x.mean(0)) / len(x)
+
+
+def _held_error(moved, keep, x, t, others, truth) -> float:
+    bias = t.mean(0) - x[:, keep].mean(0) @ moved.T
+    return float((truth - others[:, keep] @ moved.T - bias).square().sum() / len(truth))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scale_and_bias_are_polyfit_channel_by_channel(bias):
+    weight, x, keep = site()
+    x = x + 2.0
+    dense, pruned = x @ weight.T, x[:, keep] @ weight[:, keep].T
+    statistics = {"input_gram": x.T @ x / len(x), "input_mean": x.mean(0)}
+    got = ScaleBiasCompensation(bias).compensate(weight, statistics, keep, bias=True)
+    for channel in range(len(weight)):
+        y, seen = dense[:, channel].numpy(), pruned[:, channel].numpy()
+        if bias:
+            scale, shift = np.polyfit(seen, y, 1)
+            assert got.bias is not None
+            assert float(got.bias[channel]) == pytest.approx(shift, rel=1e-8, abs=1e-8)
+        else:
+            scale = seen @ y / (seen @ seen)
+        expected = scale * weight[channel, keep]
+        torch.testing.assert_close(got.weight[channel], expected, rtol=1e-8, atol=1e-8)
+    assert (got.bias is None) == (not bias)
+
+
+def test_scale_and_bias_of_a_channel_that_does_not_vary():
+    """All kept inputs constant: no slope is there to fit, so only the bias moves."""
+    weight, x, _ = site()
+    keep = torch.arange(11) < 3
+    x[:, keep] = 2.0
+    statistics = {"input_gram": x.T @ x / len(x), "input_mean": x.mean(0)}
+    got = ScaleBiasCompensation().compensate(weight, statistics, keep, bias=True)
+    assert torch.equal(got.weight, weight[:, keep])
+    mean = (x @ weight.T).mean(0)
+    torch.testing.assert_close(got.bias, mean - 2.0 * weight[:, keep].sum(1), rtol=1e-8, atol=1e-8)
+
+
+def test_flap_bias_is_the_mean_output_of_what_is_removed():
+    weight, x, keep = site()
+    x = x + 1.0
+    got = BiasCompensation().compensate(weight, {"input_mean": x.mean(0)}, keep, bias=True)
+    assert torch.equal(got.weight, weight[:, keep])
+    torch.testing.assert_close(got.bias, (x[:, ~keep] @ weight[:, ~keep].T).mean(0))
+
+
+METHODS = [
+    BiasCompensation(),
+    ScaleBiasCompensation(),
+    ObsCompensation(),
+    LeastSquares("own", bias=True),
+    LeastSquares("dense", bias=True),
+    LeastSquares("dense", damping=0.0),
+]
+
+
+def _everything(x: Tensor, t: Tensor, method) -> dict[str, Tensor]:
+    parts = (x,) if getattr(method, "target", "own") == "own" else (x, t)
+    moments = joint(*parts)
+    gram, mean = x.T @ x / len(x), x.mean(0)
+    return {"input_gram": gram, "input_mean": mean, "fit_gram": moments, "held_gram": moments}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[:3].repeat(10, 1),  # rank 3
+        torch.zeros_like,
+        lambda x: x[:, :1].expand_as(x),  # one column eleven times
+        lambda x: x * 1e12,
+        lambda x: x[:1],  # one token
+        lambda x: x * torch.tensor([1e6] + [1e-6] * 10).double(),
+        torch.ones_like,  # constant columns
+    ],
+    ids=["rank", "zero", "duplicated", "huge", "token", "scales", "constant"],
+)
+def test_any_calibration_gives_finite_weights_no_worse_than_none(make, dtype, method):
+    weight, x, keep = site()
+    x, weight = make(x).contiguous(), weight.to(dtype)
+    t = x @ weight.double().T
+    got = method.compensate(weight, _everything(x, t, method), keep, bias=True)
+    assert got.weight.dtype == dtype
+    assert got.weight.shape == (6, int(keep.sum()))
+    assert got.weight.isfinite().all()
+    moved = got.weight.double()
+    shift = 0.0 if got.bias is None else got.bias
+    plain = (t - x[:, keep] @ weight[:, keep].double().T).square().mean()
+    error = (t - x[:, keep] @ moved.T - shift).square().mean()
+    rounding = (
+        (x.abs() @ weight.abs().double().mean(0) * torch.finfo(dtype).eps * 4).square().mean()
+    )
+    assert float(error) <= float(plain) * (1 + 1e-6) + float(rounding) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "dens"}, "dens"),
+        ({"holdout": 1.0}, "holdout of 1"),
+        ({"tokens": "all"}, "all"),
+        ({"damping": -1.0}, "damping -1"),
+    ],
+)
+def test_options_that_are_not_possible(options, message):
+    with pytest.raises(PlanError, match=message):
+        LeastSquares(**options)
