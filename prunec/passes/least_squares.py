@@ -34,7 +34,7 @@ class LeastSquares:
     100 or 1000 times that, or infinity, which is the anchor.
 
     Attributes:
-        target: ``own``, ``dense`` or ``residual``; see :class:`~prunec.passes.regression.Regression`.
+        target: ``own``, ``dense`` or ``residual``; see `Regression`.
         bias: Centre input and target, and fit a bias, where the model can carry one.
         damping: The smallest lambda, times the mean diagonal of C; the only one without a holdout.
         holdout: Part of the calibration windows that choose lambda, 0 to 1.
