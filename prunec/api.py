@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import prunec
 from prunec.calibration import Calibration
+from prunec.codegen.exporters.exporter import export
 from prunec.codegen.hf import save
 from prunec.codegen.load import load, register
 from prunec.codegen.shrink import Shrunk, shrink
@@ -46,7 +47,17 @@ from prunec.passes.survey import DenseSurvey
 from prunec.passes.target import Target, chosen_target
 from prunec.passes.verify import verify_sliced
 
-__all__ = ["Report", "Result", "apply_plan", "couple", "load", "prune", "register", "trace"]
+__all__ = [
+    "Report",
+    "Result",
+    "apply_plan",
+    "couple",
+    "export",
+    "load",
+    "prune",
+    "register",
+    "trace",
+]
 
 Batches = Calibration | Sequence[Mapping[str, Tensor]]
 

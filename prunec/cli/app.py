@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import prunec
-from prunec.cli import analyze, demo, evaluate, prune, recipes, trace
+from prunec.cli import analyze, demo, evaluate, export, prune, recipes, trace
 from prunec.errors import PrunecError
 
 FAILED, INTERRUPTED = 2, 130
@@ -57,6 +57,7 @@ app = typer.Typer(
 app.command("trace")(trace.trace)
 app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
+app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")

@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from prunec.errors import ExportError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
-def check_target(directory: Path, *, overwrite: bool = False) -> None:
+def check_target(directory: Path, *, overwrite: bool = False, holds: str = "config.json") -> None:
     """Refuse early what `staged` would refuse: call it before hours of work.
+
+    Args:
+        holds: the file by which a directory that may be replaced is known.
 
     Raises:
         ExportError: `directory` exists and may not be replaced, or cannot be created.
@@ -34,19 +37,42 @@ def check_target(directory: Path, *, overwrite: bool = False) -> None:
         if not directory.is_dir():
             raise ExportError("the output is a file", where=str(directory), fix="name a directory")
         inside = {path.name for path in directory.iterdir()}
-        if inside and "config.json" not in inside:
+        if inside and holds not in inside:
             raise ExportError(
                 "the output directory holds something else than a model",
                 where=str(directory),
                 fix="remove it yourself, or name another",
             )
-    parent = next(p for p in directory.absolute().parents if p.exists())
+    _check_writable(directory)
+
+
+def _check_writable(path: Path) -> None:
+    parent = next(p for p in path.absolute().parents if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError("cannot write here", where=str(parent), fix="name another directory")
 
 
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse before writing what would not fit: some writers abort the process on a full disk.
+
+    Raises:
+        ExportError: fewer bytes are free where `folder` is.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ExportError(
+            "the disk is too full",
+            where=f"{folder.parent}: {needed_bytes / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free",
+            so="nothing was written",
+            fix="free some space, or name a directory elsewhere",
+        )
+
+
 @contextmanager
-def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(
+    directory: Path, *, overwrite: bool = False, holds: str = "config.json"
+) -> Iterator[Path]:
     """A private temporary sibling of `directory` that takes its name if the block succeeds.
 
     If it does not (an error, a full disk, Ctrl-C), nothing is left of it and an existing directory
@@ -55,15 +81,43 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ExportError: as `check_target`, or the file system refuses.
     """
-    check_target(directory, overwrite=overwrite)
-    directory = directory.resolve()
-    created = _make_parents(directory.parent)
+    check_target(directory, overwrite=overwrite, holds=holds)
+    with _beside(directory.resolve(), _deliver) as temporary:
+        yield temporary
+
+
+@contextmanager
+def staged_file(path: Path, *, inside: str, overwrite: bool = False) -> Iterator[Path]:
+    """A private temporary folder whose file `inside` becomes `path` if the block succeeds.
+
+    Raises:
+        ExportError: `path` exists and may not be replaced, or the file system refuses.
+    """
+    if path.is_symlink() or path.exists():
+        if not overwrite:
+            raise ExportError("the output file exists", where=str(path), fix="--overwrite")
+        if path.is_dir():
+            raise ExportError("the output is a directory", where=str(path), fix="name a file")
+    _check_writable(path)
+
+    def deliver(temporary: Path, target: Path) -> None:
+        (temporary / inside).replace(target)
+        shutil.rmtree(temporary)
+
+    with _beside(path.resolve(), deliver) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _beside(path: Path, deliver: Callable[[Path, Path], None]) -> Iterator[Path]:
+    """A temporary folder beside `path` that `deliver` turns into it; nothing is left otherwise."""
+    created = _make_parents(path.parent)
     temporary: Path | None = None
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield temporary
         _open_up(temporary)
-        _deliver(temporary, directory)
+        deliver(temporary, path)
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -71,7 +125,7 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError | SafetensorError) or _is_full(error):
-            raise _refused(error, directory) from error
+            raise _refused(error, path) from error
         raise
 
 

@@ -37,7 +37,7 @@ class _Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.names, tensors, strict=True))
-        return _result_tensors(self.model(**named, **self.options))
+        return result_tensors(self.model(**named, **self.options))
 
 
 class _Scalar(nn.Module):
@@ -53,7 +53,7 @@ class _Scalar(nn.Module):
         return (self.loss(self.model, dict(zip(self.names, tensors, strict=True))),)
 
 
-def _result_tensors(output: Any) -> tuple[Tensor, ...]:
+def result_tensors(output: Any) -> tuple[Tensor, ...]:
     """The result proper: logits where the output names them, else every float tensor in it."""
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if isinstance(logits, Tensor):

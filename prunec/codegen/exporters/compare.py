@@ -1,0 +1,117 @@
+"""An exported file in its engine, in a process of its own, beside the model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prunec.codegen.battery import difference
+from prunec.codegen.exporters import stranger
+from prunec.codegen.exporters.exporter import Finding
+from prunec.codegen.exporters.traced import Inputs, expected, unpadded
+from prunec.errors import VerifyError
+
+PRUNEC = ("prunec",)
+
+
+def absent(engine: str, package: str, module: str, fix: str) -> Finding | None:
+    """The finding for an engine that is not installed; None if it is."""
+    if find_spec(module) is not None:
+        return None
+    return Finding(engine, "engine absent", f"not run: {package} is not installed ({fix})")
+
+
+def named(package: str) -> str:
+    """`package` with its version."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
+
+
+def measure(
+    engine: str,
+    package: str,
+    file: Path,
+    model: nn.Module,
+    cases: Mapping[str, Inputs],
+    *,
+    limit: float,
+    hidden: Sequence[str] = PRUNEC,
+) -> Finding:
+    """Run `cases` in the engine and compare with the model.
+
+    Args:
+        engine: a function of `stranger`.
+        model: takes the inputs by name and returns the logits, as `traced.named_forward`.
+        limit: of the largest difference, relative to the largest logit.
+        hidden: packages that the engine's process cannot import.
+
+    Raises:
+        VerifyError: the file does not open, or gives other numbers.
+    """
+    found = outputs(engine, file, cases, hidden=hidden)
+    worst = 0.0
+    for name, inputs in cases.items():
+        gap = difference([unpadded(found[name], inputs).float()], [expected(model, inputs).float()])
+        if not gap <= limit:
+            raise VerifyError(
+                f"{file.name} is not the model",
+                where=f"{named(package)}, {name}: off by {gap:.1e} of the largest logit",
+                so="nothing was delivered",
+            )
+        worst = max(worst, gap)
+    detail = f"{', '.join(cases)}: equal within {worst:.1e} of the largest logit"
+    return Finding(named(package), "measured", detail)
+
+
+def outputs(
+    engine: str,
+    file: Path,
+    cases: Mapping[str, Inputs],
+    *,
+    hidden: Sequence[str] = PRUNEC,
+    greedy: int = 0,
+) -> dict[str, Tensor]:
+    """What the engine computes for each case, and under "greedy" the tokens it continues with.
+
+    Raises:
+        VerifyError: it does not open or run the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="prunec-export-") as name:
+        folder = Path(name)
+        job = {
+            "engine": engine,
+            "file": str(file),
+            "hidden": list(hidden),
+            "threads": torch.get_num_threads(),
+            "cases": {case: list(inputs) for case, inputs in cases.items()},
+            "greedy": greedy,
+        }
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        tensors = {f"{c}/{n}": t.clone() for c, i in cases.items() for n, t in i.items()}
+        save_file(tensors, folder / "inputs.safetensors")
+        command = [sys.executable, "-P", str(Path(stranger.__file__)), str(folder)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode or not (folder / "outputs.safetensors").exists():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise VerifyError(
+                f"the engine does not run {file.name}",
+                where=f"{engine}: {lines[-1][:300]}",
+                so="nothing was delivered",
+            )
+        return load_file(folder / "outputs.safetensors")

@@ -1,0 +1,191 @@
+"""GGUF for llama.cpp: arch ``deci``, the LLaMA graph with sizes of its own in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prunec.codegen.battery import difference
+from prunec.codegen.exporters.compare import absent, named, outputs
+from prunec.codegen.exporters.exporter import Finding
+from prunec.codegen.exporters.gguf_tokenizer import read_tokenizer
+from prunec.codegen.exporters.llama_graph import LlamaGraph, llama_graph
+from prunec.codegen.exporters.source import ModelDirectory
+from prunec.codegen.exporters.stranger import greedy
+from prunec.errors import ExportError, VerifyError
+
+_ARCH = "deci"
+_REMOVED_WIDTH = 32  # llama.cpp skips the rest of a layer with n_ff = 0, attention's output too
+_PROMPT, _TEXT, _TOKENS = 8, 50, 512
+# of the largest logit, by the type that the weights are stored in
+_LIMITS = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}
+_BLOCK = 32  # weights of one q8_0 block
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """One file with weights, sizes and tokenizer. `type`: f32, f16 or q8_0."""
+
+    type: str = "f32"
+
+    file: ClassVar[str] = "model.gguf"
+    alone: ClassVar[bool] = True
+
+    def can_express(self, source: ModelDirectory) -> Sequence[str]:
+        if self.type not in _LIMITS:
+            raise ExportError(f"no GGUF type {self.type!r}", fix=f"one of {', '.join(_LIMITS)}")
+        if find_spec("gguf") is None:
+            raise ExportError("GGUF export needs gguf", fix='pip install "prunec[gguf]"')
+        try:
+            graph = source.once(llama_graph)
+        except ExportError as error:
+            return [error.where or error.message]
+        _, reason = read_tokenizer(source.path, graph.vocabulary)
+        return [reason] if reason else []
+
+    def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
+        import gguf
+
+        graph = source.once(llama_graph)
+        writer = gguf.GGUFWriter(folder / self.file, _ARCH)
+        _write_sizes(writer, graph, source.path.name)
+        tokenizer, _ = read_tokenizer(source.path, graph.vocabulary)
+        notes = [] if tokenizer else ["the directory has no tokenizer, so the file has none"]
+        if tokenizer:
+            tokenizer.write(writer)
+        else:
+            writer.add_tokenizer_model("none")
+        kept = self._write_tensors(writer, graph)
+        if kept:
+            notes.append(f"{kept} weights stay f32: their rows are no whole blocks of {_BLOCK}")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return notes
+
+    def _write_tensors(self, writer: Any, graph: LlamaGraph) -> int:
+        """Returns how many matrices could not have the wanted type."""
+        import gguf
+
+        wanted = {
+            "f32": gguf.GGMLQuantizationType.F32,
+            "f16": gguf.GGMLQuantizationType.F16,
+            "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        }[self.type]
+        kept = 0
+        for name, tensor in tensors(graph):
+            data, dtype = tensor.float().contiguous().numpy(), wanted
+            if tensor.ndim < 2 or (self.type == "q8_0" and tensor.shape[-1] % _BLOCK):
+                dtype = gguf.GGMLQuantizationType.F32
+                kept += tensor.ndim > 1
+            writer.add_tensor(name, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
+        return kept
+
+    def check(self, source: ModelDirectory, folder: Path) -> Finding:
+        """Logits of a long sequence; and greedy text through the KV cache, in float32."""
+        missing = absent(
+            "llama.cpp", "llama-cpp-python", "llama_cpp", "pip install llama-cpp-python"
+        )
+        if missing is not None:
+            return missing
+        graph = source.once(llama_graph)
+        generator = torch.Generator().manual_seed(0)
+        length = min(_TOKENS, graph.context)
+        ids = torch.randint(graph.vocabulary, (1, length), generator=generator)
+        prompt, count = ids[:, :_PROMPT], min(_TEXT, graph.context - _PROMPT)
+        cases = {"long": {"input_ids": ids}, "prompt": {"input_ids": prompt}}
+        found = outputs("llama_cpp", folder / self.file, cases, greedy=count)
+        wanted = graph.logits(ids)
+        gap, agreed = difference([found["long"]], [wanted]), agreement(found["long"], wanted)
+        text = greedy(lambda inputs: graph.logits(inputs["input_ids"]), prompt, count)
+        same = int((found["greedy"] == text).long().cumprod(-1).sum())
+        detail = (
+            f"{length} tokens: argmax equal at {agreed:.1%}, logits within {gap:.1e} of the largest; "
+            f"greedy text with an f32 cache: {same} of {count} tokens the same"
+        )
+        exact = self.type != "f32" or (agreed == 1 and same == count)
+        if not (gap <= _LIMITS[self.type] and exact):
+            raise VerifyError(
+                f"{self.file} is not the model",
+                where=f"{named('llama-cpp-python')}, {detail}",
+                so="nothing was delivered",
+            )
+        return Finding(named("llama-cpp-python"), "measured", detail)
+
+
+def agreement(found: Tensor, wanted: Tensor) -> float:
+    """The share of positions with the same likeliest token, where it is not a tie within 1e-4."""
+    best = wanted.topk(2, -1).values
+    tied = best[..., 0] - best[..., 1] <= 1e-4 * wanted.abs().max()
+    return float((tied | (found.argmax(-1) == wanted.argmax(-1))).float().mean())
+
+
+def _write_sizes(writer: Any, graph: LlamaGraph, name: str) -> None:
+    layers = graph.layers
+    writer.add_name(name)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(graph.context)
+    writer.add_embedding_length(graph.hidden)
+    writer.add_vocab_size(graph.vocabulary)
+    writer.add_head_count([layer.heads for layer in layers])
+    writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    writer.add_feed_forward_length([layer.width or _REMOVED_WIDTH for layer in layers])
+    writer.add_key_length(graph.head_dim)
+    writer.add_value_length(graph.head_dim)
+    writer.add_rope_dimension_count(graph.head_dim)
+    writer.add_rope_freq_base(graph.theta)
+    writer.add_layer_norm_rms_eps(graph.epsilon)
+
+
+def tensors(graph: LlamaGraph) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its GGUF name.
+
+    llama.cpp rotates neighbouring features of q and k, transformers the two halves: rows change
+    places. A removed MLP is one of zeros.
+    """
+    yield "token_embd.weight", graph.tensors["model.embed_tokens.weight"]
+    yield "output_norm.weight", graph.tensors["model.norm.weight"]
+    if not graph.tied:
+        yield "output.weight", graph.head
+    plain = graph.theta ** -(torch.arange(0, graph.head_dim, 2) / graph.head_dim)
+    factors = plain / graph.frequencies.float()
+    if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
+        yield "rope_freqs.weight", factors
+    for index, layer in enumerate(graph.layers):
+        for path, name in _NAMES.items():
+            for kind in ("weight", "bias"):
+                tensor = graph.weight(index, path, kind)
+                if tensor is not None:
+                    rotary = path in ("self_attn.q_proj", "self_attn.k_proj")
+                    tensor = interleaved(tensor, graph.head_dim) if rotary else tensor
+                    yield f"blk.{index}.{name}.{kind}", tensor
+        if not layer.width:
+            wide = torch.zeros(_REMOVED_WIDTH, graph.hidden)
+            yield from ((f"blk.{index}.{n}.weight", wide) for n in ("ffn_gate", "ffn_up"))
+            yield f"blk.{index}.ffn_down.weight", wide.T
+            if graph.weight(index, "post_attention_layernorm") is None:
+                yield f"blk.{index}.ffn_norm.weight", torch.ones(graph.hidden)
+
+
+def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads, half, pair) -> (heads, pair, half)."""
+    halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2)

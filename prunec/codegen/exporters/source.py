@@ -1,0 +1,89 @@
+"""The directory that is exported: its config, its sizes, its model, each read once when needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prunec.codegen.acceptance import align
+from prunec.codegen.exporters.traced import Traced, trace_dynamic
+from prunec.codegen.load import load
+from prunec.errors import ModelError
+from prunec.models import example_inputs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDirectory:
+    """A transformers directory with safetensors, of prunec or not."""
+
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    _results: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def read(cls, path: Path) -> ModelDirectory:
+        """Raises ModelError where there is no model."""
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no readable config.json: {error}", where=str(path)) from error
+        if not isinstance(config, dict) or not list(path.glob("*.safetensors")):
+            raise ModelError("not a model directory with safetensors", where=str(path))
+        return cls(path, config)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of all files, from their headers."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                        found[name] = tuple(tensors.get_slice(name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file.name} is damaged: {error}", where=str(file)) from error
+        return found
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, in eval mode, with the type of its checkpoint."""
+        model: nn.Module = load(self.path).requires_grad_(False)
+        align(model)  # as the engine's process does: its addresses decide the last bits
+        return model
+
+    def once(self, function: Callable[[ModelDirectory], T]) -> T:
+        """What `function` finds in this directory, computed on first use."""
+        if function not in self._results:
+            self._results[function] = function(self)
+        found: T = self._results[function]
+        return found
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy what is neither weights nor the model's config: the tokenizer, generation config."""
+        patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja")
+        for pattern in (*patterns, "generation_config.json", "preprocessor_config.json"):
+            for path in self.path.glob(pattern):
+                shutil.copy(path, folder)
+
+    @cached_property
+    def example(self) -> dict[str, Tensor]:
+        return example_inputs(self.model)
+
+    @cached_property
+    def traced(self) -> Traced:
+        """Raises TraceError where torch.export cannot take the model."""
+        return trace_dynamic(self.model, self.example)
