@@ -118,8 +118,8 @@ class Gguf:
         text = greedy(lambda inputs: graph.logits(inputs["input_ids"]), prompt, count)
         same = int((found["greedy"] == text).long().cumprod(-1).sum())
         detail = (
-            f"{length} tokens: argmax equal at {agreed:.1%}, logits within {gap:.1e} of the largest; "
-            f"greedy text with an f32 cache: {same} of {count} tokens the same"
+            f"{length} tokens: argmax equal at {agreed:.1%}, logits within {gap:.1e} of the "
+            f"largest; greedy text with an f32 cache: {same} of {count} tokens the same"
         )
         exact = self.type != "f32" or (agreed == 1 and same == count)
         if not (gap <= _LIMITS[self.type] and exact):
