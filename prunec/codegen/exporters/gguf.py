@@ -187,5 +187,5 @@ def tensors(graph: LlamaGraph) -> Iterator[tuple[str, Tensor]]:
 
 def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
     """Rows (heads, half, pair) -> (heads, pair, half)."""
-    halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).flatten(0, 2)
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
