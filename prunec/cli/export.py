@@ -42,13 +42,14 @@ def export(
     """
     import prunec
     from prunec.cli.console import Screen
+    from prunec.cli.opening import parse_settings
 
     screen = Screen(quiet=quiet, json=json)
     done = prunec.export(
         directory,
         to,
         out,
-        settings=dict(map(options.setting, setting or [])),
+        settings=parse_settings(setting or []),
         overwrite=overwrite,
         progress=screen,
     )
