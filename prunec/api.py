@@ -225,7 +225,9 @@ def prune(
     with clock("allocate"):
         names = criterion.statistics | compensation.statistics
         prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
-        survey = DenseSurvey(coupling, sites, criterion, batches, prior=prior, progress=progress)
+        survey = DenseSurvey(
+            coupling, sites, criterion, compensation, batches, prior=prior, progress=progress
+        )
         budget = block_budget(
             coupling, sites, allocation, goal, survey=survey, constraints=chosen.constraints
         )

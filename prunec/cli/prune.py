@@ -79,6 +79,13 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="How far a recipe that searches goes: fast, normal or max."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Bound its search; the best found so far is used.")
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +127,9 @@ def prune(
     )
     if hardware:
         limits = limits.combined(preset(hardware))
-    method = None if cut else _recipe(recipe, setting or [], limits)
+    search = {"effort": effort, "minutes": minutes}
+    changes = [*(setting or []), *(f"allocation.{k}={v}" for k, v in search.items() if v)]
+    method = None if cut else _recipe(recipe, changes, limits)
     weights: Weights = "random" if random_weights else "load"
     source = open_source(
         model,

@@ -95,6 +95,10 @@ class Budget:
         """What went beyond the target (below it, where negative), in the measure's unit."""
         return self.removed - sum(self._wants.values())
 
+    def account(self, site: Site) -> Account:
+        """What a site holds and can give."""
+        return self._accounts[site.name]
+
     def share(self, site: Site) -> int:
         """Parameters that this site is to give, whatever the others do."""
         return self._parameters(site, self._wants.get(site.name, 0.0))
@@ -240,6 +244,7 @@ def block_budget(
             _home(site, blocks),
             accounts[site.name].parameters,
             round(_part(accounts[site.name]) * accounts[site.name].parameters),
+            tuple(group.kind for group in site.groups),
         )
         for site in sites
     ]
@@ -250,15 +255,17 @@ def block_budget(
     total = sum(accounts[room.site].cost for room in open_rooms)
     if isinstance(goal.measure, Parameters):
         total = sum(prunable.values())
-    shares = allocation.shares(Context(goal.remove / total, prunable, open_rooms, survey))
-    asked = {site.name: shares.get(site.name, 0.0) for site in sites}
-    wants = {
-        name: share / accounts[name].parameters * accounts[name].cost
-        for name, share in asked.items()
-    }
-    wants = _within(wants, accounts, goal.remove)
-    wants = _settle_tail(wants, accounts, goal.tolerance)
-    return Budget(goal, sizes, wants, accounts, constraints)
+
+    def budget(shares: Mapping[str, float]) -> Budget:
+        wants = {
+            name: shares.get(name, 0.0) / account.parameters * account.cost
+            for name, account in accounts.items()
+        }
+        wants = _settle_tail(_within(wants, accounts, goal.remove), accounts, goal.tolerance)
+        return Budget(goal, sizes, wants, accounts, constraints)
+
+    context = Context(goal.remove / total, prunable, open_rooms, survey, budget)
+    return budget(allocation.shares(context))
 
 
 def _home(site: Site, blocks: Mapping[str, int]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from prunec.errors import PlanError
 from prunec.importance.curves import RemovalCurve
+from prunec.passes.levels import Levels
+
+if TYPE_CHECKING:
+    from prunec.passes.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class Room:
     Attributes:
         site: its name.
         block: the block it counts to.
+        kinds: what its units are; attention and FFN differ in it.
         parameters: held by its groups.
         most: how many of them it can give.
     """
@@ -25,6 +30,28 @@ class Room:
     block: str
     parameters: int
     most: int
+    kinds: tuple[str, ...] = ()
+
+
+class Trials(Protocol):
+    """Pruning for trial: fitted on one part of the calibration batches, judged on another.
+
+    The judge is the divergence of the pruned model's output from the dense model's, less is better.
+    """
+
+    @property
+    def levels(self) -> Mapping[str, Levels]:
+        """A few sizes of each site of the dense model, by site name."""
+
+    @property
+    def parts(self) -> int:
+        """Number of batches that are held out to judge on."""
+
+    def stitched(self, chosen: Mapping[str, int], parts: Sequence[int] | None = None) -> float:
+        """Divergence with each site at a level, all fitted to the dense model; on some batches."""
+
+    def repruned(self, budget: Budget) -> float:
+        """Divergence after pruning to a budget, each site on what those before it give."""
 
 
 class Survey(Protocol):
@@ -38,6 +65,11 @@ class Survey(Protocol):
     def curves(self) -> Mapping[str, RemovalCurve]:
         """The removal curve of each site on the dense model's inputs, by site name."""
 
+    def trials(
+        self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0
+    ) -> Trials:
+        """Pruning for trial on about so many calibration tokens."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -48,12 +80,19 @@ class Context:
         blocks: parameters of each block in which something can be pruned, in model order.
         rooms: the sites, in graph order.
         survey: the dense model, None where there is no data to run it on.
+        make_budget: what :meth:`budget` calls.
     """
 
     target: float
     blocks: Mapping[str, int]
     rooms: Sequence[Room]
     survey: Survey | None = None
+    make_budget: Callable[[Mapping[str, float]], Budget] | None = None
+
+    def budget(self, shares: Mapping[str, float]) -> Budget:
+        """The budget of a run in which each site is asked for these parameters."""
+        assert self.make_budget, "a context without a run"
+        return self.make_budget(shares)
 
     def seen(self, asker: str) -> Survey:
         """The survey of the dense model.

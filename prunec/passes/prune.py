@@ -11,6 +11,7 @@ from torch import Tensor
 from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.dims import Dim
 from prunec.graph.interpreter import Stream
 from prunec.graph.memory import release_freed
 from prunec.graph.selection import BoolArray, Keep, Selection
@@ -99,6 +100,43 @@ def prune_sites(
     return Pruned(weights, weights.selection, tuple(worker.reports))
 
 
+def keeps_of(coupling: CouplingGraph, kept: Mapping[str, BoolArray]) -> dict[Dim, Keep]:
+    """Masks per leaf from those per group, ``[companion indices, units]`` each."""
+    keeps = {}
+    for name, mask in kept.items():
+        group = coupling[name]
+        companions = tuple(coupling[companion].dim for companion in group.companions)
+        shape = (*(dim.size for dim in companions), -1)
+        keeps[group.dim] = Keep(mask.reshape(shape), companions)
+    return keeps
+
+
+def mend(
+    site: Site,
+    problem: SiteProblem,
+    compensation: Compensation,
+    statistics: Statistics,
+    kept: BoolArray,
+    weights: Weights,
+) -> dict[str, Tensor]:
+    """The weight of a site without the columns that are not `kept`, and its bias if one is fitted.
+
+    `weights` are those before; the result is by parameter name.
+    """
+    mended = compensation.compensate(
+        problem.weight,
+        statistics,
+        torch.from_numpy(kept),
+        bias=site.bias is not None,
+        name=site.name,
+    )
+    updated = {site.parameter: mended.weight.movedim(-1, site.axis).contiguous()}
+    if site.bias is not None and mended.bias is not None:
+        before = weights[site.bias]
+        updated[site.bias] = (before.double() + mended.bias.to(before.device)).to(before.dtype)
+    return updated
+
+
 class _Worker:
     """Carries one criterion and one compensation from site to site."""
 
@@ -179,32 +217,15 @@ class _Worker:
         stream: Stream,
     ) -> None:
         """Mend the weight that reads the units, slice everything that carries them."""
-        selection = self._weights.selection.with_keeps(
-            {group.dim: self._keep(group.name, kept) for group in site.groups}
-        )
+        selection = self._weights.selection.with_keeps(keeps_of(self._coupling, kept))
         columns = self._coupling.layout.parameters[site.parameter][site.axis]
         mask = selection.mask(columns)
         if mask is None:
             raise PlanError(f"nothing was removed at {site.name}")
-        mended = self._compensation.compensate(
-            problem.weight,
-            statistics,
-            torch.from_numpy(mask),
-            bias=site.bias is not None,
-            name=site.name,
-        )
-        updated = {site.parameter: mended.weight.movedim(-1, site.axis).contiguous()}
-        if site.bias is not None and mended.bias is not None:
-            before = self._weights[site.bias]
-            updated[site.bias] = (before.double() + mended.bias.to(before.device)).to(before.dtype)
+        updated = mend(site, problem, self._compensation, statistics, mask, self._weights)
         self._weights.select(selection, updated)
         stream.select(selection)
         release_freed()
-
-    def _keep(self, name: str, kept: Mapping[str, BoolArray]) -> Keep:
-        companions = tuple(self._coupling[c].dim for c in self._coupling[name].companions)
-        mask = kept[name].reshape(*(dim.size for dim in companions), -1)
-        return Keep(mask, companions)
 
     def _report(
         self,

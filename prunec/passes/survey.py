@@ -16,9 +16,11 @@ from prunec.graph.interpreter import Stream
 from prunec.graph.residual import passages
 from prunec.importance.curves import Criterion, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.passes.compensation import Compensation
 from prunec.passes.measure import Measurement, Statistics
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
+from prunec.passes.trials import DenseTrials, split
 
 
 class DenseSurvey:
@@ -26,7 +28,8 @@ class DenseSurvey:
 
     Args:
         sites: in graph order.
-        criterion: ranks the sites' units for :attr:`curves`.
+        criterion: ranks the sites' units for :attr:`curves` and trials.
+        compensation: mends what is pruned for trial.
         batches: calibration inputs.
         prior: statistics that were taken before, such as those of gradients.
     """
@@ -36,6 +39,7 @@ class DenseSurvey:
         coupling: CouplingGraph,
         sites: Sequence[Site],
         criterion: Criterion,
+        compensation: Compensation,
         batches: Sequence[Mapping[str, Tensor]],
         *,
         prior: Statistics | None = None,
@@ -46,6 +50,7 @@ class DenseSurvey:
         self._weights = Weights(coupling, coupling.program.state)
         self._sites = sites
         self._criterion = criterion
+        self._compensation = compensation
         self._batches = batches
         self._progress = progress
 
@@ -106,6 +111,24 @@ class DenseSurvey:
                         open_inputs[block].clear()
                 task.advance()
         return {block: sums[block] / max(tokens[block], 1) for block in along}
+
+    def trials(
+        self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0
+    ) -> DenseTrials:
+        """Pruning for trial, on parts of the batches that are spread over all of them."""
+        fit, held = split(self._batches, fit_tokens=fit_tokens, held_tokens=held_tokens)
+        return DenseTrials(
+            self._coupling,
+            self._sites,
+            self._criterion,
+            self._compensation,
+            fit,
+            held,
+            prior=self._prior,
+            count=levels,
+            seed=seed,
+            progress=self._progress,
+        )
 
     def _stream(self) -> Stream:
         weights = self._weights

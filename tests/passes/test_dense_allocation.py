@@ -51,7 +51,7 @@ def test_similarity_is_that_of_the_hidden_states(family: str) -> None:
     """Block boundaries come from the graph; the model's own hidden states are the reference."""
     model = tiny_llama() if family == "pre-norm" else bert()
     coupling = couple(trace(model, batches()[0]))
-    found = list(DenseSurvey(coupling, [], None, batches()).similarities.values())
+    found = list(DenseSurvey(coupling, [], None, None, batches()).similarities.values())
     sums, tokens = np.zeros(len(found)), 0
     for batch in batches():
         states = list(model(**batch, output_hidden_states=True).hidden_states)

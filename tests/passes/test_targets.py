@@ -63,15 +63,15 @@ def run(
     goal = Goal.on(coupling, aim)
     sites = goal.concerned(find_sites(coupling, recipe.units)[0])
     criterion = recipe.importance.build("importance")
+    mend = recipe.compensation.build("compensation")
     budget = block_budget(
         coupling,
         sites,
         recipe.allocation.build("allocation"),
         goal,
-        survey=DenseSurvey(coupling, sites, criterion, batches()),
+        survey=DenseSurvey(coupling, sites, criterion, mend, batches()),
         constraints=limits,
     )
-    mend = recipe.compensation.build("compensation")
     return prune_sites(coupling, sites, budget, criterion, mend, batches()), budget
 
 

@@ -1,0 +1,199 @@
+"""Trials: how far a pruned model's predictions are from the dense model's, on data held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunec.events import Progress, silent
+from prunec.graph.coupling import CouplingGraph
+from prunec.graph.interpreter import Stream
+from prunec.graph.selection import Selection
+from prunec.importance.curves import Criterion
+from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.passes.budget import Budget
+from prunec.passes.compensation import Compensation
+from prunec.passes.levels import Cut, Levels, stitch
+from prunec.passes.measure import Measurement, Statistics
+from prunec.passes.prune import keeps_of, mend, prune_sites
+from prunec.passes.sites import Site, site_problem
+from prunec.passes.slice import Weights
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+# Rows of the output that are compared, per batch: a dense row of 50,000 logits is 200 kB.
+_ROWS = 64
+
+
+class DenseTrials:
+    """Prunes on one part of the calibration batches and compares on another.
+
+    Args:
+        fit: batches that statistics are taken on.
+        held: batches on which outputs are compared.
+        count: levels per site.
+        seed: draws the rows that are compared.
+    """
+
+    def __init__(
+        self,
+        coupling: CouplingGraph,
+        sites: Sequence[Site],
+        criterion: Criterion,
+        compensation: Compensation,
+        fit: Batches,
+        held: Batches,
+        *,
+        prior: Statistics | None = None,
+        count: int = 9,
+        seed: int = 0,
+        progress: Progress = silent,
+    ):
+        self._coupling = coupling
+        self._sites = sites
+        self._criterion = criterion
+        self._compensation = compensation
+        self._fit = fit
+        self._held = held
+        self._prior = prior or {}
+        self._count = count
+        self._seed = seed
+        self._progress = progress
+
+    @property
+    def parts(self) -> int:
+        """Number of held-out batches."""
+        return len(self._held)
+
+    def repruned(self, budget: Budget) -> float:
+        """Divergence after pruning site by site, each on what the pruned part before it gives."""
+        pruned = prune_sites(
+            self._coupling,
+            self._sites,
+            budget,
+            self._criterion,
+            self._compensation,
+            self._fit,
+            prior=self._prior,
+        )
+        return self.divergence(pruned.weights)
+
+    def stitched(self, chosen: Mapping[str, int], parts: Sequence[int] | None = None) -> float:
+        """Divergence with each site at a level of the database, all fitted to the dense model.
+
+        Args:
+            chosen: level by site name; sites that are not named stay dense.
+            parts: the held-out batches to compare on; None for all.
+        """
+        cuts = [self._cuts[name][level] for name, level in chosen.items() if level]
+        return self.divergence(stitch(self._coupling, cuts), parts)
+
+    @property
+    def levels(self) -> Mapping[str, Levels]:
+        """The level database, by site name."""
+        return self._database[0]
+
+    @property
+    def _cuts(self) -> Mapping[str, Sequence[Cut]]:
+        return self._database[1]
+
+    @cached_property
+    def _database(self) -> tuple[dict[str, Levels], dict[str, list[Cut]]]:
+        weights = Weights(self._coupling, self._coupling.program.state)
+        names = self._criterion.statistics | self._compensation.statistics
+        measurement = Measurement(
+            self._stream(weights, self._fit), self._sites, names - set(GRADIENT_STATISTICS)
+        )
+        levels: dict[str, Levels] = {}
+        cuts: dict[str, list[Cut]] = {}
+        with self._progress.task("level database", len(self._sites)) as task:
+            for site in self._sites:
+                problem = site_problem(site, self._coupling, weights)
+                statistics = {**self._prior, **measurement.take(site)}
+                curve = self._criterion.rank(problem, statistics)
+                held = problem.size({group.name: group.size for group in site.groups})
+                levels[site.name] = found = Levels.of(curve, held, self._count)
+                cuts[site.name] = []
+                for step in found.steps:
+                    keeps = keeps_of(self._coupling, curve.keep(problem, int(step)))
+                    mask = Selection(keeps).mask(
+                        self._coupling.layout.parameters[site.parameter][site.axis]
+                    )
+                    if not step or mask is None:
+                        cuts[site.name].append(Cut({}, {}))
+                        continue
+                    mended = mend(site, problem, self._compensation, statistics, mask, weights)
+                    cuts[site.name].append(Cut(keeps, mended))
+                weights.release()
+                task.advance()
+        return levels, cuts
+
+    def divergence(self, weights: Weights, parts: Sequence[int] | None = None) -> float:
+        """Mean over rows of ``KL(dense || pruned)`` in nats, of the softmax of the last axis.
+
+        Infinite where the pruned model's output is not finite.
+        """
+        chosen = range(self.parts) if parts is None else parts
+        batches = [self._held[part] for part in chosen]
+        total, rows = 0.0, 0
+        for part, output in zip(chosen, self._stream(weights, batches).finish(), strict=True):
+            index, dense = self._reference[part]
+            here = F.log_softmax(output.flatten(0, -2)[index].float(), dim=-1)
+            total += float(F.kl_div(here, dense, log_target=True, reduction="sum"))
+            rows += len(index)
+        mean = total / max(rows, 1)
+        return mean if mean == mean else float("inf")
+
+    @cached_property
+    def _reference(self) -> list[tuple[Tensor, Tensor]]:
+        """Per held-out batch: the rows that are compared, and their dense log-probabilities."""
+        generator = torch.Generator().manual_seed(self._seed)
+        weights = Weights(self._coupling, self._coupling.program.state)
+        stream = self._stream(weights, self._held)
+        found = []
+        for part, output in enumerate(stream.finish()):
+            real = stream.real_tokens(part, output[..., 0])
+            rows = (
+                torch.arange(output[..., 0].numel()) if real is None else real.flatten().nonzero()
+            )
+            rows = rows.flatten()
+            picked = rows[torch.randperm(len(rows), generator=generator)[:_ROWS]].sort().values
+            logits = output.flatten(0, -2)[picked].float()
+            found.append((picked, F.log_softmax(logits, dim=-1)))
+        return found
+
+    def _stream(self, weights: Weights, batches: Batches) -> Stream:
+        return Stream(
+            self._coupling.program,
+            self._coupling.layout,
+            batches,
+            weights.__getitem__,
+            selection=weights.selection,
+            device=weights.device,
+        )
+
+
+def split(batches: Batches, *, fit_tokens: int, held_tokens: int) -> tuple[Batches, Batches]:
+    """Batches to fit on and batches to compare on, both spread evenly over all of them.
+
+    At least every fourth batch can be held out, so that each source of a mixed calibration is in
+    both parts. A single batch is both.
+    """
+    size = max(value.shape[:2].numel() for value in batches[0].values() if value.dim())
+    if len(batches) == 1:
+        return batches, batches
+    holdable = list(range(len(batches) // 8, len(batches), 4)) or [0]
+    held = _spread(holdable, max(1, held_tokens // size))
+    fit = _spread([i for i in range(len(batches)) if i not in holdable], max(1, fit_tokens // size))
+    return [batches[i] for i in fit], [batches[i] for i in held]
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of some items, evenly spaced."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
