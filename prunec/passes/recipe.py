@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -44,6 +45,10 @@ class Part:
                     f"{group} {self.name} has no option {key!r}",
                     fix=_nearest(key, known) if known else f"{self.name} has no options",
                 )
+        hints = _hints(made)
+        for key, value in self.options.items():
+            if (wanted := _refused(value, hints.get(key))) is not None:
+                raise PlanError(f"{group} {self.name}: {key}={value!r} is not possible", fix=wanted)
         try:
             return made(**self.options)
         except TypeError as error:
@@ -180,6 +185,37 @@ def _parse(text: str, where: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PlanError(f"the recipe is not YAML: {error}", where=where) from error
+
+
+def _hints(made: Any) -> dict[str, Any]:
+    """The declared types of a plug-in's options; none where it names types it does not import."""
+    try:
+        return get_type_hints(made)
+    except NameError:
+        return {}
+
+
+def _refused(value: Scalar, hint: Any) -> str | None:
+    """None if an option's value is of its declared type, else what would be."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    plain = {kind: _PLAIN[kind] for kind in kinds if kind in _PLAIN}
+    if len(words) + len(plain) == 0 or value in words:
+        return None
+    if any(type(value) in accepted for accepted, _ in plain.values()):
+        return None
+    if words:
+        return _nearest(str(value), list(map(str, words)))
+    return f"use {' or '.join(said for _, said in plain.values())}"
+
+
+_PLAIN: Mapping[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+    NoneType: ((NoneType,), "null"),
+}
 
 
 def _part(data: Any, *, where: str) -> Part:

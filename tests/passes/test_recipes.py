@@ -1,0 +1,88 @@
+"""Every shipped recipe: what it says, and that it runs; settings that a recipe does not take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import VOCABULARY, tiny_llama
+from torch import Tensor
+
+import prunec
+from prunec.errors import PlanError
+from prunec.passes.recipe import PARTS, Part, Recipe, load_recipe, recipe_names
+
+DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
+RATIO = 0.3
+
+
+def batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"input_ids": torch.randint(2, VOCABULARY, (4, 16), generator=generator)} for _ in range(4)
+    ]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_cites_its_paper_and_reads_back(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert "arXiv" in recipe.paper
+    assert recipe.summary.endswith(".")
+    for part in PARTS:
+        getattr(recipe, part).build(part)
+    assert Recipe.from_dict(recipe.to_dict(), where=name) == recipe
+    section = DOCS.read_text(encoding="utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert recipe.summary in section
+    assert recipe.paper in section
+    for deviation in recipe.deviations:
+        assert f"- {deviation}\n" in section
+    for part in PARTS:
+        assert f"`{getattr(recipe, part)}`" in section
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_runs_and_removes_what_was_asked(name: str) -> None:
+    model = tiny_llama()
+    result = prunec.prune(model, recipe=name, ratio=RATIO, calibration=batches())
+    before = sum(parameter.numel() for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in result.model.parameters()) < before
+    unit = 3 * model.config.hidden_size / result.report.block_parameters[0]
+    added = {n for n, _ in result.model.named_parameters()} - {
+        n for n, _ in model.named_parameters()
+    }
+    assert bool(added) == (result.report.recipe.compensation.build("compensation").bias)
+    places = sum(result.model.get_parameter(name).numel() for name in added)
+    room = unit + places / result.report.block_parameters[0]
+    assert abs(result.report.realised_ratio - RATIO) <= room
+    batch = batches()[0]
+    assert result.model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message", "fix"),
+    [
+        (("compensation", "least-squares"), {"bias": "maybe"}, "bias='maybe'", "true or false"),
+        (("compensation", "least-squares"), {"target": "dens"}, "target='dens'", "'dense'"),
+        (("compensation", "least-squares"), {"hold_out": 0.1}, "no option 'hold_out'", "'holdout'"),
+        (("importance", "obs"), {"damping": "high"}, "damping='high'", "a number"),
+        (("importance", "obs"), {"last_batch": 1.5}, "last_batch=1.5", "a whole number"),
+        (("importance", "obs"), {"damping": True}, "damping=True", "a number"),
+        (("allocation", "log-increase"), {"first": "x"}, "first='x'", "a number or null"),
+        (("importance", "taylor"), {"term": "element"}, "term='element'", "element1"),
+    ],
+)
+def test_an_option_of_another_kind_says_what_it_takes(part, options, message, fix) -> None:
+    group, name = part
+    with pytest.raises(PlanError, match=message) as caught:
+        Part(name, options).build(group)
+    assert fix in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"first": None}, {"first": 0}, {"first": 0.1}, {"maximum": 0.5}],
+)
+def test_options_that_are_of_their_kind(options) -> None:
+    Part("log-increase", options).build("allocation")
