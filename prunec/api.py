@@ -38,6 +38,7 @@ from prunec.passes.recipe import Part, Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import (
     Weights,
+    weights_of,
     added_parameters,
     bound_module,
     slice_program,
@@ -187,6 +188,8 @@ def prune(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Remove a part of a model's repeated blocks and mend what is left.
@@ -203,6 +206,9 @@ def prune(
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
         loss: for criteria that need gradients: ``loss(model, inputs)``, a scalar for the inputs of
             one sample; by default the model's own, of the inputs' ``labels`` or tokens.
+        weights: the parameters of a model on meta, each read when it is needed (`Source.weights`):
+            then no more of them is in memory than two sites lie apart.
+        device: where a model on meta is computed, the CPU by default.
 
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
@@ -222,11 +228,19 @@ def prune(
             sites, skipped = find_sites(coupling, chosen.units)
     goal = Goal.on(coupling, aim)
     sites = goal.concerned(sites)
+    present = weights_of(coupling, weights, device)
     with clock("allocate"):
         names = criterion.statistics | compensation.statistics
         prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
         survey = DenseSurvey(
-            coupling, sites, criterion, compensation, batches, prior=prior, progress=progress
+            coupling,
+            sites,
+            criterion,
+            compensation,
+            batches,
+            prior=prior,
+            weights=present,
+            progress=progress,
         )
         budget = block_budget(
             coupling, sites, allocation, goal, survey=survey, constraints=chosen.constraints
@@ -240,6 +254,7 @@ def prune(
             compensation,
             batches,
             prior=prior,
+            weights=present,
             progress=progress,
         )
     plan = Plan.of(coupling, pruned.selection)
@@ -365,9 +380,17 @@ def outline(
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, example: Example, progress: Progress = silent
+    model: nn.Module,
+    plan: Plan,
+    *,
+    example: Example,
+    weights: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
 ) -> Result:
     """Slice a model to an explicit plan, without data and without correction.
+
+    Args:
+        weights: the parameters of a model on meta, as in `prune`.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -377,9 +400,13 @@ def apply_plan(
         dense = couple(trace(model, example))
         coupling = drop(dense, plan.dropped)
     selection = plan.selection(coupling)
-    weights = Weights(coupling, coupling.program.state, selection=selection)
-    report = Report(recipe=None, ratio=None, seed=0, **_sizes(dense, coupling, weights))
-    return _deliver(model, dense, coupling, weights, plan, report, clock, progress)
+    if plan.dropped and weights is not None:
+        raise PlanError(
+            "branches are left out of models in memory only", fix="load the model: --in-memory"
+        )
+    present = weights_of(coupling, weights, selection=selection)
+    report = Report(recipe=None, ratio=None, seed=0, **_sizes(dense, coupling, present))
+    return _deliver(model, dense, coupling, present, plan, report, clock, progress)
 
 
 def _build(recipe: Recipe, seed: int) -> tuple[Any, Any, Any]:
@@ -451,7 +478,9 @@ def _deliver(
         coupling: of what is left without the plan's dropped branches.
         weights: of the latter, sliced.
     """
-    tensors, checks = dict(weights), tuple[str, ...]()
+    shown = weights.shapes() if weights.stored else weights
+    added, checks = coupling.program.added, tuple[str, ...]()
+    tensors = {n: (weights if n in added else shown).read(n) for n in shown}
     program = slice_program(coupling, weights.selection, tensors)
     if plan.dropped:
         with progress.task("compare with silenced branches"), clock("verify"):
@@ -463,7 +492,8 @@ def _deliver(
         checks = (*checks, f"sliced equals masked within {difference:.1e}")
         report = replace(report, checks=checks, seconds=clock.seconds)
         return Result(bound_module(program), plan, report, program)
-    sliced = sliced_parameters(coupling, weights.selection, tensors)
+    stored = weights if weights.stored else None
+    sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
     sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
     with clock("shrink and verify"):
         shrunk = shrink(model, sliced, example=example_inputs(model), progress=progress)

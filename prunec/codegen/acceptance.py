@@ -37,8 +37,11 @@ def opened(job: dict[str, Any], auto: str, head: set[str] | None, problems: list
     """
     import transformers
 
+    # One block in memory at a time, as where it was written; two places make accelerate do it.
+    disk = {"device_map": {"": "disk", "-": "cpu"}, "offload_folder": "offloaded"}
     model, info = getattr(transformers, auto).from_pretrained(
         job["directory"],
+        **(disk if job["streamed"] else {}),
         trust_remote_code=job["custom"],
         attn_implementation=job["attention"],
         dtype=job["dtype"],

@@ -200,8 +200,9 @@ def _cast(model: nn.Module, inputs: Inputs) -> Inputs:
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is None:
         return inputs
+    device = torch.device("cpu") if like.is_meta else like.device  # see prunec.codegen.streamed
     return {
-        name: t.to(like.device, like.dtype if t.is_floating_point() else None)
+        name: t.to(device, like.dtype if t.is_floating_point() else None)
         for name, t in inputs.items()
     }
 

@@ -20,6 +20,7 @@ from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
 from prunec.codegen.modeling_prunec import Skipped
 from prunec.codegen.perturb import build, meta_model, numbers_of
 from prunec.codegen.search import Choice, search
+from prunec.codegen.streamed import at_hand
 from prunec.codegen.twin import assemble, stock_class, tensors_of
 from prunec.errors import ExportError
 from prunec.graph.selection import Sliced
@@ -228,7 +229,7 @@ def _uniform_fields(
     if meta_model(stock_class(model), config, fields) is None:
         said = ", ".join(f"{name}={value}" for name, value in fields.items())
         return None, f"its config refuses {said}"
-    if not _same_numbers(model, small, fields, example):
+    if not _same_numbers(model, small, fields, example, sliced.stored):
         return None, "with these sizes it computes something else"
     return fields, ""
 
@@ -279,7 +280,11 @@ def _global(name: str, old: int, news: tuple[int, ...]) -> Candidate:
 
 
 def _same_numbers(
-    model: Any, small: nn.Module, fields: dict[str, Any], example: Mapping[str, Tensor]
+    model: Any,
+    small: nn.Module,
+    fields: dict[str, Any],
+    example: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor] | None,
 ) -> bool:
     """Whether the stock class, built from those fields around the same tensors, equals `small`."""
     built = meta_model(stock_class(model), model.config, fields)
@@ -289,7 +294,8 @@ def _same_numbers(
     stock = assemble(built, tensors_of(small)).eval()
     check = checks(small, example, ((2, 9),))[0]
     try:
-        pairs = zip(outputs(small, check), outputs(stock, check), strict=True)
+        with at_hand(stock, stored):
+            pairs = zip(outputs(small, check), outputs(stock, check), strict=True)
         return all(torch.equal(a, b) for a, b in pairs)
     except FORWARD_ERRORS:
         return False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunec.codegen import acceptance
 from prunec.codegen.battery import Check, checks, tolerance, whole_outputs
+from prunec.codegen.streamed import is_streamed
 from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import VerifyError
 
@@ -56,11 +57,13 @@ def prepare(
     model: Any, directory: Path, auto: str, example: Mapping[str, Tensor], folder: Path
 ) -> list[str]:
     """Write into `folder` what a fresh process is to find in `directory`; what it will compare."""
-    if model.device.type != "cpu":  # where the other side runs
+    streamed = is_streamed(model)
+    if not streamed and model.device.type != "cpu":  # where the other side runs
         model = assemble(model, {name: tensor.cpu() for name, tensor in tensors_of(model).items()})
     acceptance.align(model)  # as the other side does: values stay, addresses change
     plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
     battery = [c for c in plain if not c.decode]
+    battery = battery[-1:] if streamed else battery  # each reads all weights on both sides
     job = {
         "directory": str(directory),
         "auto": auto,
@@ -70,7 +73,8 @@ def prepare(
         "threads": torch.get_num_threads(),
         "tolerance": tolerance(model),
         "cases": [check.name for check in battery],
-        "generates": any(c.decode for c in plain),
+        "generates": any(c.decode for c in plain) and not streamed,
+        "streamed": streamed,
         "pad_token_id": _pad_token(model),
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")

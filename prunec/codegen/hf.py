@@ -18,6 +18,7 @@ from prunec.codegen.directory import staged
 from prunec.codegen.gate import accept
 from prunec.codegen.generated import FORMAT, adopt, auto_classes
 from prunec.codegen.shrink import Shrunk
+from prunec.codegen.streamed import at_hand, is_streamed
 from prunec.codegen.twin import stock_class
 from prunec.errors import ExportError, VerifyError
 from prunec.events import Progress, silent
@@ -33,7 +34,7 @@ def save(
     tokenizer: Any = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     progress: Progress = silent,
 ) -> None:
     """Write the directory, prove in a fresh process that it is the model, then give it its name.
@@ -52,8 +53,11 @@ def save(
         ExportError: this model or this place cannot take it.
         VerifyError: the directory is not the model; nothing is delivered.
     """
-    auto = check_model(shrunk.model)
-    with staged(Path(directory), overwrite=overwrite) as folder:
+    with (
+        at_hand(shrunk.model, shrunk.stored),
+        staged(Path(directory), overwrite=overwrite) as folder,
+    ):
+        auto = check_model(shrunk.model)
         with progress.task("write the directory"), quiet():
             write_model(shrunk.model, folder, max_shard_size)
         try:
@@ -80,7 +84,7 @@ def check_model(model: Any) -> str:
             where=f"{cls.__module__}.{cls.__qualname__}",
             fix="export to another format, or use the result in memory",
         )
-    if any(tensor.is_meta for tensor in model.parameters()):
+    if not is_streamed(model) and any(tensor.is_meta for tensor in model.parameters()):
         raise ExportError("the model has no weights", fix="give weights, or save the plan only")
     return found[0]
 

@@ -14,6 +14,7 @@ from prunec.codegen.fields import ConfigFields, config_fields
 from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, outcomes_of
 from prunec.codegen.generated import adopt, auto_classes
 from prunec.codegen.modeling_prunec import set_attributes
+from prunec.codegen.streamed import Padded, at_hand
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
 from prunec.errors import ExportError, PrunecError, VerifyError
 from prunec.events import Progress, silent
@@ -41,6 +42,7 @@ class Shrunk:
         added: names of parameters that the stock class lacks.
         sizes: parameter -> shape before and after, of those that changed.
         example: inputs by keyword, kept for the checks of what is written later.
+        stored: where the weights are read if the module is on meta; None where it holds them.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Shrunk:
     sizes: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     example: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    stored: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
 
 def shrink(
@@ -89,9 +92,13 @@ def shrink(
                     small = assemble(base, part.weights, part.added).eval()
                     for path, values in found.attributes.items():
                         set_attributes(small.get_submodule(path), values)
-                with progress.task("compare the whole module with the masked one"):
-                    proven = _prove(model, sliced, small, example, reference, caches=found.caches)
-                return _finished(base, part, small, found, proven, example)
+                with at_hand(small, part.stored):
+                    with progress.task("compare the whole module with the masked one"):
+                        proven = _prove(
+                            model, sliced, small, example, reference, caches=found.caches
+                        )
+                    fields = config_fields(base, small, part, example)
+                return _finished(base, part, small, found, fields, proven, example)
             except (ExportError, VerifyError) as error:
                 log.info("not delivered so: %s", error)
                 failure = failure or error
@@ -104,11 +111,11 @@ def _finished(
     sliced: Sliced,
     small: nn.Module,
     found: Fit,
+    fields: ConfigFields,
     proven: tuple[str, ...],
     example: Mapping[str, Tensor],
 ) -> Shrunk:
     """The module under the config and class that say its sizes."""
-    fields = config_fields(model, small, sliced, example)
     if auto_classes(small):
         adopt(small, found.attributes, fields)
     passed = (*(f"{check.name} (redrawn weights)" for check in found.checks), *proven)
@@ -120,7 +127,15 @@ def _finished(
     }
     added = tuple(sliced.added)
     return Shrunk(
-        small, found.attributes, fields, found.trials, passed, sizes, added, dict(example)
+        small,
+        found.attributes,
+        fields,
+        found.trials,
+        passed,
+        sizes,
+        added,
+        dict(example),
+        sliced.stored,
     )
 
 
@@ -169,6 +184,9 @@ def _twin_outcomes(
     last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
     first = battery[0].attention
     chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]
+    if sliced.stored is not None:  # one streamed pass of each: every check reads all weights
+        with at_hand(assemble(model, {}), Padded(model, sliced, sliced.stored)) as whole:
+            return outcomes_of(whole.eval(), chosen[:1])
     twin = LazyTwin(model, sliced).module.eval()
     outcomes = outcomes_of(twin, chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty

@@ -160,7 +160,8 @@ def redraw(model: nn.Module, sliced: Sliced, seed: int = 0) -> Sliced:
 
     def draw(name: str, like: Tensor) -> Tensor:
         if id(like) not in drawn:
-            noise = torch.randn(like.shape, generator=generator).to(like.device)
+            noise = torch.randn(like.shape, generator=generator)
+            noise = noise if like.is_meta else noise.to(like.device)
             drawn[id(like)] = _gain(noise, old.get(name), id(old.get(name)) in embeddings)
         return drawn[id(like)]
 

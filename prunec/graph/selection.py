@@ -306,6 +306,8 @@ class Sliced:
         added: parameters that the stock model lacks (fitted biases).
         skip: branch -> the modules that lie in it, for branches that are left out; parameters that
             only they read are not among the weights.
+        stored: where the values of `weights` and `added` are read, by name, if these are on meta;
+            None where they hold their values.
     """
 
     weights: Mapping[str, Tensor]
@@ -313,3 +315,4 @@ class Sliced:
     extents: tuple[Extent, ...]
     added: Mapping[str, Tensor] = field(default_factory=dict)
     skip: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stored: Mapping[str, Tensor] | None = None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from prunec.errors import ModelError
 from prunec.events import Progress, silent
 from prunec.models import factory, gguf, hub
-from prunec.models.checkpoint import PICKLES, pickled, read_json
+from prunec.models.checkpoint import PICKLES, check_weights, pickled, read_json
 from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
 from prunec.models.pretrained import (
@@ -21,9 +22,12 @@ from prunec.models.pretrained import (
     Weights,
     open_config,
     open_directory,
+    open_stored,
     open_tokenizer_in,
 )
+from prunec.models.store import tensor_shapes
 
+_FREE_SHARE = 3  # the dense weights, the sliced ones, and what proves them
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FORMS = (
     "MODEL is smollm2, a directory, a Hub id, a .gguf file, a config.json, or"
@@ -37,7 +41,9 @@ class Source:
 
     `model` is in eval mode and its parameters need no gradient. `tokenizer` is None where there
     is none (vision models, factories, a config alone). `example` has inputs to trace with, by
-    keyword. `spec` is what the user wrote; `digest` is `state_digest(model)`.
+    keyword. Out of core `model` is on meta and `weights` reads its parameters from the files, one
+    when it is asked for; else `weights` is None. `spec` is what the user wrote; `digest` is the
+    `state_digest` of the model.
     """
 
     model: nn.Module
@@ -45,6 +51,7 @@ class Source:
     example: dict[str, Tensor]
     spec: str
     digest: str
+    weights: Mapping[str, Tensor] | None = None
 
 
 def open_model(
@@ -54,6 +61,7 @@ def open_model(
     device: str = "cpu",
     weights: Weights = "load",
     trust_remote_code: bool = False,
+    out_of_core: bool | None = False,
     load_pruned: Callable[[Path], nn.Module] | None = None,
     progress: Progress = silent,
 ) -> Source:
@@ -64,7 +72,9 @@ def open_model(
     config only (shapes without values; what prunec wrote is loaded all the same), "random" draws
     weights with seed 0; a config.json opens on meta unless "random" is asked for, and a factory's
     module is taken as it comes, cast to `dtype`. `load_pruned` opens directories that prunec wrote
-    (prunec.codegen passes itself in: this room is below it).
+    (prunec.codegen passes itself in: this room is below it). `out_of_core` leaves the weights of a
+    transformers checkpoint in its files (see `Source`); None does so where they would take more
+    than a third of the free memory, which pruning them in memory needs.
 
     Raises:
         ModelError: the model cannot be opened; the message says why and what to do.
@@ -73,8 +83,12 @@ def open_model(
     place = _device(device)
     example: dict[str, Tensor] | None = None
     tokenizer: Any | None = None
+    stored: Mapping[str, Tensor] | None = None
     if isinstance(path := _locate(spec, opening), Path):
-        model = _open_path(path, opening, load_pruned)
+        if _stays_stored(path, opening, out_of_core):
+            model, stored = open_stored(path, opening)
+        else:
+            model = _open_path(path, opening, load_pruned)
         tokenizer = _tokenizer_near(path, trust_remote_code)
     else:
         model, example = factory.call_factory(spec)
@@ -83,7 +97,8 @@ def open_model(
         model = model.to(place)
     model = model.eval().requires_grad_(False)
     example = example_inputs(model) if example is None else example
-    return Source(model, tokenizer, _cast(example, model), spec, state_digest(model))
+    digest = state_digest(model, stored)
+    return Source(model, tokenizer, _cast(example, model), spec, digest, stored)
 
 
 def open_tokenizer(
@@ -131,6 +146,35 @@ def _existing(path: Path, opening: Opening) -> Path:
     if path.suffix in PICKLES:
         raise pickled(path)
     raise ModelError(f"{path.name} is not a model", where=str(path), fix=_FORMS)
+
+
+def _stays_stored(path: Path, opening: Opening, asked: bool | None) -> bool:
+    """Whether the weights of a checkpoint stay in its files.
+
+    Raises:
+        ModelError: that was asked for, but this MODEL has no such files.
+    """
+    config = path / "config.json"
+    if opening.weights != "load" or asked is False:
+        return False
+    if not config.is_file() or "prunec" in read_json(config):
+        if asked:
+            raise ModelError(
+                "out of core works on a transformers checkpoint that prunec has not pruned yet",
+                where=str(path),
+                fix="leave --out-of-core (out_of_core=True) out",
+            )
+        return False
+    shapes = [t for file in check_weights(path) for t in tensor_shapes(file).values()]
+    size = sum(t.numel() * (opening.dtype or t.dtype).itemsize for t in shapes)
+    free = psutil.virtual_memory().available
+    if asked is None and size * _FREE_SHARE > free:
+        opening.progress.message(
+            f"the weights take {size / 1e9:.1f} GB, more than 1/{_FREE_SHARE} of the"
+            f" {free / 1e9:.1f} GB of free memory: working out of core"
+        )
+        return True
+    return bool(asked)
 
 
 def _open_path(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from prunec.errors import ModelError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.program import Program
 from prunec.graph.resize import ResizedCall, resized_call
@@ -25,6 +28,7 @@ class Weights(Mapping[str, Tensor]):
         state: the dense tensors by name, which may be read from disk as they are asked for.
         selection: the units that are gone from the start.
         device: where tensors are wanted; by default where they are.
+        stored: whether the dense tensors lie on disk, those of the program being on meta.
     """
 
     def __init__(
@@ -34,7 +38,9 @@ class Weights(Mapping[str, Tensor]):
         *,
         selection: Selection | None = None,
         device: torch.device | None = None,
+        stored: bool = False,
     ):
+        self.stored = stored
         self.selection = selection or Selection()
         self.device = device or state[next(iter(coupling.program.parameters))].device
         self._coupling = coupling
@@ -59,6 +65,10 @@ class Weights(Mapping[str, Tensor]):
         tensors, before = self._changed.get(name, (self._dense, None))
         return tensors[name] if dims is None else self.selection.take(tensors[name], dims, before)
 
+    def shapes(self) -> Weights:
+        """The same sizes around the program's own tensors, none of which is read."""
+        return Weights(self._coupling, self._coupling.program.state, selection=self.selection)
+
     def select(self, selection: Selection, updated: Mapping[str, Tensor]) -> None:
         """Remove units; ``updated`` tensors have the size that the selection leaves.
 
@@ -71,6 +81,30 @@ class Weights(Mapping[str, Tensor]):
     def release(self) -> None:
         """Keep nothing that can be had again."""
         self._held.clear()
+
+
+def weights_of(
+    coupling: CouplingGraph,
+    stored: Mapping[str, Tensor] | None = None,
+    device: str | None = None,
+    selection: Selection | None = None,
+) -> Weights:
+    """The tensors to begin with: the program's own, or in their place what is read from a store.
+
+    Raises:
+        ModelError: there are none: the model is on meta.
+    """
+    state = coupling.program.state
+    if stored is None:
+        if any(state[name].is_meta for name in coupling.program.parameters):
+            raise ModelError(
+                "the model has no weights: its parameters are on the meta device",
+                fix="load it, or give `weights` (open_model(..., out_of_core=True) has them)",
+            )
+        return Weights(coupling, state, selection=selection)
+    present: ChainMap[str, Tensor] = ChainMap(cast(Any, stored), cast(Any, state))
+    place = torch.device(device or "cpu")
+    return Weights(coupling, present, selection=selection, device=place, stored=True)
 
 
 def slice_state(
@@ -174,10 +208,33 @@ def added_parameters(program: Program, tensors: Mapping[str, Tensor]) -> dict[st
     return {name: tensors[name] for name in sorted(program.added) if tensors[name].any()}
 
 
+class _Renamed(Mapping[str, Tensor]):
+    """Weights by every name that they have, each read when it is asked for."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]):
+        self._weights, self._names = weights, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights.read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def sliced_parameters(
-    coupling: CouplingGraph, selection: Selection, tensors: Mapping[str, Tensor]
+    coupling: CouplingGraph,
+    selection: Selection,
+    tensors: Mapping[str, Tensor],
+    stored: Weights | None = None,
 ) -> Sliced:
-    """What codegen needs to know of a selection: weights by name, kept indices, changed extents."""
+    """What codegen needs to know of a selection: weights by name, kept indices, changed extents.
+
+    Args:
+        stored: where the values are read, if ``tensors`` are on meta.
+    """
     program, layout = coupling.program, coupling.layout
     touched = {n for n in program.buffers if any(map(selection.touches, layout.parameters[n]))}
     owned = program.parameters | touched
@@ -201,4 +258,5 @@ def sliced_parameters(
     )
     weights = {alias: tensors[name] for alias, name in names.items()}
     added = added_parameters(program, tensors)
-    return Sliced(weights=weights, keep=keep, extents=extents, added=added)
+    reader = None if stored is None else _Renamed(stored, {**names, **{n: n for n in added}})
+    return Sliced(weights=weights, keep=keep, extents=extents, added=added, stored=reader)

@@ -32,6 +32,7 @@ class DenseSurvey:
         compensation: mends what is pruned for trial.
         batches: calibration inputs.
         prior: statistics that were taken before, such as those of gradients.
+        weights: the dense tensors, by default those of the program.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class DenseSurvey:
         batches: Sequence[Mapping[str, Tensor]],
         *,
         prior: Statistics | None = None,
+        weights: Weights | None = None,
         progress: Progress = silent,
     ):
         self._coupling = coupling
         self._prior = prior or {}
-        self._weights = Weights(coupling, coupling.program.state)
+        self._weights = weights or Weights(coupling, coupling.program.state)
         self._sites = sites
         self._criterion = criterion
         self._compensation = compensation
@@ -106,6 +108,7 @@ class DenseSurvey:
                             open_inputs[block].append(x)
 
                 stream.advance(stop, value, visit)
+                self._weights.release()
                 for block, passage in along.items():
                     if passage.leaves is value:
                         open_inputs[block].clear()
