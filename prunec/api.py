@@ -23,10 +23,13 @@ from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
 from prunec.graph.trace import Example, Loss, trace
-from prunec.models import example_inputs
+from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.models import example_inputs, state_digest
+from prunec.models.digest import tensor_digest
 from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
 from prunec.passes.budget import Budget, block_budget
+from prunec.passes.checkpoint import opened_journal
 from prunec.passes.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.depth import choose_branches, drop, verify_dropped
 from prunec.passes.goal import Goal, block_parameters
@@ -38,11 +41,11 @@ from prunec.passes.recipe import Part, Recipe, load_recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import (
     Weights,
-    weights_of,
     added_parameters,
     bound_module,
     slice_program,
     sliced_parameters,
+    weights_of,
 )
 from prunec.passes.survey import DenseSurvey
 from prunec.passes.target import Target, chosen_target
@@ -190,6 +193,8 @@ def prune(
     loss: Loss | None = None,
     weights: Mapping[str, Tensor] | None = None,
     device: str | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
     progress: Progress = silent,
 ) -> Result:
     """Remove a part of a model's repeated blocks and mend what is left.
@@ -209,10 +214,13 @@ def prune(
         weights: the parameters of a model on meta, each read when it is needed (`Source.weights`):
             then no more of them is in memory than two sites lie apart.
         device: where a model on meta is computed, the CPU by default.
+        checkpoint: a directory in which progress is kept, site by site; who calls removes it.
+        resume: go on from what `checkpoint` holds, to the same bytes.
 
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
         TraceError, VerifyError: the model cannot be traced, or a check failed.
+        CheckpointError: what `checkpoint` holds is of another run, damaged, or cannot be written.
     """
     clock = _Clock()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -231,6 +239,11 @@ def prune(
     present = weights_of(coupling, weights, device)
     with clock("allocate"):
         names = criterion.statistics | compensation.statistics
+        if weights is not None and names & set(GRADIENT_STATISTICS):
+            raise PlanError(
+                f"{chosen.importance.name} needs gradients, and so all weights in memory",
+                fix="load the model, or choose a criterion without gradients, such as obs",
+            )
         prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
         survey = DenseSurvey(
             coupling,
@@ -245,7 +258,10 @@ def prune(
         budget = block_budget(
             coupling, sites, allocation, goal, survey=survey, constraints=chosen.constraints
         )
-    with clock("prune"):
+    run = {"recipe": chosen.to_dict(), "target": str(aim), "seed": seed, "data": _digest(batches)}
+    if checkpoint is not None:
+        run |= {"model": state_digest(model, weights), "device": str(present.device)}
+    with clock("prune"), opened_journal(checkpoint, run, resume=resume) as journal:
         pruned = prune_sites(
             coupling,
             sites,
@@ -255,6 +271,7 @@ def prune(
             batches,
             prior=prior,
             weights=present,
+            journal=journal,
             progress=progress,
         )
     plan = Plan.of(coupling, pruned.selection)
@@ -436,6 +453,11 @@ def _aim(budget: Budget) -> dict[str, Any]:
         "reached": goal.of - budget.removed,
         "rounding": budget.rounding,
     }
+
+
+def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """One digest of all calibration inputs."""
+    return tensor_digest(batch[name] for batch in batches for name in sorted(batch))
 
 
 def _describe(calibration: Batches) -> dict[str, Any]:

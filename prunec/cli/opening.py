@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunec.errors import ModelError, PlanError
+from prunec.errors import CalibrationError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from prunec import CouplingGraph, Result
@@ -32,6 +32,7 @@ def open_source(
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    out_of_core: bool | None = False,
 ) -> Source:
     """The MODEL that the user named; the demo model is downloaded where it is not installed."""
     import prunec
@@ -47,6 +48,7 @@ def open_source(
             device=device,
             weights=weights,
             trust_remote_code=trust_remote_code,
+            out_of_core=out_of_core,
             load_pruned=prunec.load,
             progress=progress,
         )
@@ -91,6 +93,12 @@ def open_batches(
     if source.tokenizer is None and not wanted:
         screen.message("No tokenizer: calibrating on the example inputs.")
         return [source.example]
+    if source.weights is not None and (not wanted or any(w.startswith("self") for w in wanted)):
+        raise CalibrationError(
+            "a model cannot sample text while its weights stay on disk",
+            so="every token would read all of them",
+            fix="give text: --calibration FILE; or load the weights: --in-memory",
+        )
     return calibrate_text(
         wanted or ["self"],
         source.tokenizer,

@@ -26,6 +26,14 @@ RandomWeights = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+OutOfCore = Annotated[
+    bool | None,
+    typer.Option(
+        "--out-of-core/--in-memory",
+        help="Read weights from their files when needed, or load them all.  "
+        "[default: out of core if they take over a third of the free memory]",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Calibration = Annotated[

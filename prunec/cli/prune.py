@@ -96,9 +96,13 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each site would give; prune nothing.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run to the same OUT was stopped.")
+    ] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = None,
     random_weights: options.RandomWeights = False,
+    out_of_core: options.OutOfCore = None,
     device: options.Device = "cpu",
     dtype: options.DType = "float32",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -114,6 +118,7 @@ def prune(
     """
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_batches, open_source, save_result
+    from prunec.passes.checkpoint import progress_folder, remove_journal
     from prunec.passes.constraints import Constraints
     from prunec.passes.constraints import hardware as preset
     from prunec.passes.target import chosen_target
@@ -138,6 +143,7 @@ def prune(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        out_of_core=out_of_core,
     )
     # A latency is of the calibration's shape, which is not known yet.
     if method and (dry_run or aim.kind != "latency"):
@@ -150,12 +156,14 @@ def prune(
     _check_weights(source)
     if method:
         batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
-        result = _prune(screen, source, method, aim, batches, seed)
+        saved = None if dry_run or out is None else progress_folder(out)
+        result = _prune(screen, source, method, aim, batches, seed, saved, resume)
     else:
         assert cut
         result = _apply(screen, source, cut)
     if not dry_run and out:
         save_result(result, out, source, screen, overwrite=overwrite)
+        remove_journal(progress_folder(out))
     show_report(screen, result.report)
     screen.timings()
     written = None if dry_run else str(out)
@@ -173,23 +181,41 @@ def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> 
 
 
 def _prune(
-    screen: Screen, source: Source, recipe: Recipe, target: Target, batches: Batches, seed: int
+    screen: Screen,
+    source: Source,
+    recipe: Recipe,
+    target: Target,
+    batches: Batches,
+    seed: int,
+    checkpoint: Path | None,
+    resume: bool,
 ) -> Result:
     import prunec
 
     return prunec.prune(
-        source.model, recipe=recipe, target=target, calibration=batches, seed=seed, progress=screen
+        source.model,
+        recipe=recipe,
+        target=target,
+        calibration=batches,
+        seed=seed,
+        weights=source.weights,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=screen,
     )
 
 
 def _apply(screen: Screen, source: Source, plan: Plan) -> Result:
     import prunec
 
-    return prunec.apply_plan(source.model, plan, example=source.example, progress=screen)
+    return prunec.apply_plan(
+        source.model, plan, example=source.example, weights=source.weights, progress=screen
+    )
 
 
 def _check_weights(source: Source) -> None:
-    if any(parameter.is_meta for parameter in source.model.parameters()):
+    meta = any(parameter.is_meta for parameter in source.model.parameters())
+    if meta and source.weights is None:
         raise ModelError(
             f"{source.spec} has no weights", fix="add --random-weights to go on without"
         )

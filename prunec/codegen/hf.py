@@ -53,26 +53,34 @@ def save(
         ExportError: this model or this place cannot take it.
         VerifyError: the directory is not the model; nothing is delivered.
     """
-    with (
-        at_hand(shrunk.model, shrunk.stored),
-        staged(Path(directory), overwrite=overwrite) as folder,
-    ):
+    with at_hand(shrunk.model, shrunk.stored):
         auto = check_model(shrunk.model)
+    with staged(Path(directory), overwrite=overwrite) as folder:
         with progress.task("write the directory"), quiet():
-            write_model(shrunk.model, folder, max_shard_size)
+            _write(shrunk, folder, max_shard_size)
         try:
             with progress.task("open it in a fresh process without prunec"), quiet():
-                found = accept(shrunk.model, folder, auto, shrunk.example)
+                found = _accept(shrunk, folder, auto)
         except VerifyError as error:
             if shrunk.config.uniform is None:
                 raise
             shrunk = _without_stock(shrunk, f"its own class gives other numbers: {error.where}")
             with quiet():
-                write_model(shrunk.model, folder, max_shard_size)
-                found = accept(shrunk.model, folder, auto, shrunk.example)
+                _write(shrunk, folder, max_shard_size)
+                found = _accept(shrunk, folder, auto)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
+
+
+def _write(shrunk: Shrunk, folder: Path, max_shard_size: str) -> None:
+    with at_hand(shrunk.model, shrunk.stored):
+        write_model(shrunk.model, folder, max_shard_size)
+
+
+def _accept(shrunk: Shrunk, folder: Path, auto: str) -> list[str]:
+    with at_hand(shrunk.model, shrunk.stored):
+        return accept(shrunk.model, folder, auto, shrunk.example)
 
 
 def check_model(model: Any) -> str:

@@ -30,6 +30,7 @@ def at_hand(module: nn.Module, stored: Mapping[str, Tensor] | None) -> Iterator[
         remove_hook_from_submodules,
     )
 
+    ties = _ties(module)
     blocks = list(getattr(module, "_no_split_modules", None) or ())
     attach_align_device_hook(
         module,
@@ -38,12 +39,31 @@ def at_hand(module: nn.Module, stored: Mapping[str, Tensor] | None) -> Iterator[
         weights_map=stored,
         preload_module_classes=blocks,  # a block may read the weights of its parts itself
     )
+    _tie(module, ties)
     vars(module)["hf_device_map"] = {"": "disk"}  # by which save_pretrained sees what to do
     try:
         yield module
     finally:
         remove_hook_from_submodules(module)
         del vars(module)["hf_device_map"]
+        _tie(module, ties)
+
+
+def _ties(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie(module: nn.Module, ties: list[list[str]]) -> None:
+    """Make one object of each again: the hooks put a new one in every place."""
+    for first, *others in ties:
+        parameter = module.get_parameter(first)
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            module.get_submodule(path)._parameters[leaf] = parameter
 
 
 def is_streamed(module: nn.Module) -> bool:

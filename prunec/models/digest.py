@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,6 +45,15 @@ def token_digest(*tokens: Tensor) -> str:
     for ids in tokens:
         digest.update(f"{tuple(ids.shape)}".encode())
         digest.update(_bytes(ids.to(torch.int64)))
+    return digest.hexdigest()
+
+
+def tensor_digest(tensors: Iterable[Tensor]) -> str:
+    """sha256 (hex) over tensors in order, dtypes and shapes included."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -152,6 +152,15 @@ class Budget:
         self.removed += float(removed[steps])
         return steps
 
+    @property
+    def spent(self) -> tuple[float, float]:
+        """What is left over for later sites, and the cost removed: all that changes on the way."""
+        return self._carry, self.removed
+
+    def restore(self, spent: tuple[float, float]) -> None:
+        """Go on behind a site whose choice was made before (see `spent`)."""
+        self._carry, self.removed = spent
+
     def skip(self, site: Site) -> None:
         """This site gives nothing; what it was asked for goes on to the next."""
         self._carry += self._wants.get(site.name, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -66,8 +66,7 @@ class Measurement:
         Raises:
             VerifyError: NaN or Inf on the way, or no token.
         """
-        while any(stop.site == site.name for stop in self._pending):
-            self._advance()
+        self._run_to(site)
         collectors = self._collectors.pop(site.name)
         finished = {statistic: statistic.finish() for statistic in set(collectors.values())}
         taken = {key: finished[statistic] for key, statistic in collectors.items()}
@@ -75,11 +74,25 @@ class Measurement:
             taken |= self._moments.pop(site.name).statistics()
         return taken
 
+    def pass_by(self, site: Site) -> None:
+        """Run the stream up to the site exactly as `take` does, without its statistics."""
+        self._pending = [
+            replace(stop, collectors=(), moments=None) if stop.site == site.name else stop
+            for stop in self._pending
+        ]
+        self._run_to(site)
+        self._collectors.pop(site.name)
+        self._moments.pop(site.name, None)
+
     def skip(self, site: Site) -> None:
         """Take no statistics of this site."""
         self._pending = [stop for stop in self._pending if stop.site != site.name]
         self._collectors.pop(site.name)
         self._moments.pop(site.name, None)
+
+    def _run_to(self, site: Site) -> None:
+        while any(stop.site == site.name for stop in self._pending):
+            self._advance()
 
     def _stops(
         self, site: Site, names: Collection[str], order: Mapping[fx.Node, int]

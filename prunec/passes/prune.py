@@ -19,6 +19,7 @@ from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
 from prunec.passes.budget import Budget
+from prunec.passes.checkpoint import Decision, Journal, temporary_journal
 from prunec.passes.compensation import Compensation
 from prunec.passes.measure import Measurement, Statistics
 from prunec.passes.sites import Site, site_problem
@@ -67,6 +68,7 @@ def prune_sites(
     *,
     prior: Statistics | None = None,
     weights: Weights | None = None,
+    journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
@@ -76,13 +78,16 @@ def prune_sites(
     Args:
         prior: statistics that were taken before, such as those of gradients.
         weights: the tensors to begin with; by default those of the program.
+        journal: where decisions are kept, and taken from where it already has them.
 
     Raises:
         VerifyError: NaN or Inf at a site.
         PlanError: what is left over at the end is more than whole units explain.
     """
     weights = Weights(coupling, coupling.program.state) if weights is None else weights
-    worker = _Worker(coupling, criterion, compensation, weights, budget, prior or {})
+    if weights.stored and journal is None:
+        journal = temporary_journal()
+    worker = _Worker(coupling, criterion, compensation, weights, budget, prior or {}, journal)
     shared = [site for site in sites if len(site.nodes) > 1]
     single = [site for site in sites if len(site.nodes) == 1]
     with progress.task("pruning", total=len(sites)) as task:
@@ -148,14 +153,16 @@ class _Worker:
         weights: Weights,
         budget: Budget,
         prior: Statistics,
+        journal: Journal | None,
     ):
         self._coupling = coupling
         self._criterion = criterion
         self._compensation = compensation
         self._weights = weights
-        self._dense = Weights(coupling, coupling.program.state, device=weights.device)
+        self._dense = weights.dense()
         self._budget = budget
         self._prior = prior
+        self._journal = journal
         self.reports: list[SiteReport] = []
 
     def measurement(
@@ -197,35 +204,52 @@ class _Worker:
             self._budget.skip(site)
             self._report(site, problem, 0, wanted, {}, None)
             return
-        statistics = {**self._prior, **measurement.take(site)}
+        decision = self._journal.recall(len(self.reports)) if self._journal else None
+        if decision is None:
+            decision = self._decide(site, problem, measurement.take(site))
+        else:
+            measurement.pass_by(site)
+            self._budget.restore(decision.spent)
+        if decision.updated:
+            selection = self._selection(decision.kept)
+            self._weights.select(selection, decision.updated)
+            measurement.stream.select(selection)
+            release_freed()
+        self._report(site, problem, decision.removed, wanted, decision.kept, decision.error)
+
+    def _decide(self, site: Site, problem: SiteProblem, measured: Statistics) -> Decision:
+        statistics = {**self._prior, **measured}
         curve = self._criterion.rank(problem, statistics, limit=self._budget.limit(site))
         steps = self._budget.choose(site, curve)
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
         kept = curve.keep(problem, steps)
-        if steps:
-            self._apply(site, problem, statistics, kept, measurement.stream)
         error = _relative(loss, problem.weight, statistics)
-        self._report(site, problem, removed, wanted, kept, error)
+        updated = self._mend(site, problem, statistics, kept) if steps else {}
+        decision = Decision(removed, self._budget.spent, error, kept, updated)
+        if self._journal is None:
+            return decision
+        self._journal.record(len(self.reports), decision)
+        recalled = self._journal.recall(len(self.reports)) if self._weights.stored else None
+        return recalled or decision
 
-    def _apply(
+    def _selection(self, kept: Mapping[str, BoolArray]) -> Selection:
+        return self._weights.selection.with_keeps(keeps_of(self._coupling, kept))
+
+    def _mend(
         self,
         site: Site,
         problem: SiteProblem,
         statistics: Statistics,
         kept: Mapping[str, BoolArray],
-        stream: Stream,
-    ) -> None:
-        """Mend the weight that reads the units, slice everything that carries them."""
-        selection = self._weights.selection.with_keeps(keeps_of(self._coupling, kept))
+    ) -> dict[str, Tensor]:
+        """The weight that reads the units, and its bias, without those that go."""
+        selection = self._selection(kept)
         columns = self._coupling.layout.parameters[site.parameter][site.axis]
         mask = selection.mask(columns)
         if mask is None:
             raise PlanError(f"nothing was removed at {site.name}")
-        updated = mend(site, problem, self._compensation, statistics, mask, self._weights)
-        self._weights.select(selection, updated)
-        stream.select(selection)
-        release_freed()
+        return mend(site, problem, self._compensation, statistics, mask, self._weights)
 
     def _report(
         self,

@@ -65,6 +65,10 @@ class Weights(Mapping[str, Tensor]):
         tensors, before = self._changed.get(name, (self._dense, None))
         return tensors[name] if dims is None else self.selection.take(tensors[name], dims, before)
 
+    def dense(self) -> Weights:
+        """The tensors as they were given, for a stream of the dense program."""
+        return Weights(self._coupling, self._dense, device=self.device, stored=self.stored)
+
     def shapes(self) -> Weights:
         """The same sizes around the program's own tensors, none of which is read."""
         return Weights(self._coupling, self._coupling.program.state, selection=self.selection)

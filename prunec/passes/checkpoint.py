@@ -1,0 +1,247 @@
+"""Progress on disk: what was decided at each site, so that a killed run goes on to the same bytes.
+
+A run that goes on streams its batches through the same segments as the first one did, but takes the
+decisions of the sites already passed from here: no statistics, no scores, no solves. Activations
+are not saved, so what lies on disk is bounded by the weights that compensation changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import prunec
+from prunec.errors import CheckpointError
+from prunec.importance.problem import BoolArray
+
+_RUN = "run.json"
+_KEPT, _UPDATED = "kept.", "updated."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided at one site.
+
+    Attributes:
+        removed: parameters.
+        spent: the budget's account after it (`Budget.spent`).
+        error: accumulated loss, relative (None where the statistics do not tell).
+        kept: bool masks by group name; empty if nothing was removed.
+        updated: tensors that compensation changed, by name.
+    """
+
+    removed: int
+    spent: tuple[float, float]
+    error: float | None = None
+    kept: Mapping[str, BoolArray] = field(default_factory=dict)
+    updated: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Journal:
+    """The decisions of one run, one file a site: ``0007-<sha256 of its bytes>.safetensors``.
+
+    Made by `opened_journal`, or `temporary_journal` for a run that is not to be resumed.
+    """
+
+    def __init__(self, folder: Path, owner: object = None) -> None:
+        self._folder, self._owner = folder, owner
+        self._files = {int(path.name[:4]): path for path in sorted(folder.glob("[0-9]*-*"))}
+
+    def recall(self, number: int) -> Decision | None:
+        """The decision of the site visited as `number`, its tensors left on disk; None if new.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self._files.get(number)
+        if path is None:
+            return None
+        try:
+            if _digest(path.read_bytes()) != path.stem[5:]:
+                raise _damaged(path)
+            with safe_open(path, framework="np") as file:
+                record = json.loads(file.metadata()["record"])
+                names = list(file.keys())
+                kept = {n[len(_KEPT) :]: file.get_tensor(n) for n in names if n.startswith(_KEPT)}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise _damaged(path) from error
+        changed = [n[len(_UPDATED) :] for n in names if n.startswith(_UPDATED)]
+        updated = _Filed(path, changed, self._owner)
+        carry, cost = record["spent"]
+        return Decision(record["removed"], (carry, cost), record["error"], kept, updated)
+
+    def record(self, number: int, decision: Decision) -> None:
+        """Write a decision, whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        tensors = {_KEPT + n: torch.from_numpy(np.array(k)) for n, k in decision.kept.items()}
+        tensors |= {_UPDATED + n: t.contiguous().cpu() for n, t in decision.updated.items()}
+        facts = {"removed": decision.removed, "spent": decision.spent, "error": decision.error}
+        record = json.dumps(facts)
+        content = save(tensors, {"record": record})
+        path = self._folder / f"{number:04d}-{_digest(content)}.safetensors"
+        _write(path, content)
+        self._files[number] = path
+
+
+class _Filed(Mapping[str, Tensor]):
+    """The changed tensors of one site, each read when it is asked for."""
+
+    def __init__(self, path: Path, names: list[str], owner: object) -> None:
+        self._path, self._names, self._owner = path, names, owner
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(_UPDATED + name)
+            return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def temporary_journal() -> Journal:
+    """One in a private directory that goes with it: for tensors that memory has no room for."""
+    owner = tempfile.TemporaryDirectory(prefix="prunec-")
+    return Journal(Path(owner.name), owner)
+
+
+@contextmanager
+def opened_journal(
+    where: str | Path | None, run: Mapping[str, Any], *, resume: bool
+) -> Iterator[Journal | None]:
+    """The journal in a directory, which no other process may use meanwhile; None for None.
+
+    Args:
+        run: what makes a run the same beside versions: recipe, model, data, as plain data.
+        resume: go on from what is there; else it is removed first.
+
+    Raises:
+        CheckpointError: it belongs to another run (naming what differs), is damaged, in use, or
+            cannot be written.
+    """
+    if where is None:
+        yield None
+        return
+    folder = Path(where)
+    run = {"prunec": prunec.__version__, "torch": torch.__version__, **run}
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = _locked(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        if resume and (folder / _RUN).is_file():
+            _check_same(folder / _RUN, run)
+        else:
+            _empty(folder)
+            _write(folder / _RUN, json.dumps(run, indent=1, sort_keys=True).encode())
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink()
+        yield Journal(folder)
+    finally:
+        os.close(lock)
+
+
+def progress_folder(out: Path) -> Path:
+    """Where the progress of a run that writes ``out`` is kept: a hidden directory beside it."""
+    return out.absolute().with_name(f".{out.absolute().name}.progress")
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove the progress of a run that is done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path) -> int:
+    try:
+        import fcntl
+    except ImportError:  # Windows: one writer is up to the user
+        return os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise CheckpointError(
+            "another run is writing here", where=str(folder), fix="wait for it, or name another OUT"
+        ) from error
+    return lock
+
+
+def _check_same(path: Path, run: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path) from error
+    now = json.loads(json.dumps(run))
+    if not isinstance(before, dict):
+        raise _damaged(path)
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differing:
+        said = (f"{key}: {before.get(key)} then, {now.get(key)} now" for key in differing)
+        raise CheckpointError(
+            "the saved progress belongs to another run",
+            where=str(path.parent),
+            so="; ".join(said),
+            fix="start again without --resume (resume=False), which removes it",
+        )
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            path.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name[:12]}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot keep progress: {error.strerror or error}",
+        where=str(folder),
+        fix="free some space, or name a directory elsewhere",
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "the saved progress is damaged",
+        where=str(path),
+        fix="start again without --resume (resume=False), which removes it",
+    )
