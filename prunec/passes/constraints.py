@@ -62,8 +62,9 @@ class Constraints:
     def combined(self, other: Constraints) -> Constraints:
         """Both at once: least common multiples, the narrower bounds, all protected layers."""
         kinds = dict.fromkeys([*self.multiple_of, *other.multiple_of])
+        both = {k: math.lcm(self.multiple_of.get(k, 1), other.multiple_of.get(k, 1)) for k in kinds}
         return Constraints(
-            {k: math.lcm(self.multiple_of.get(k, 1), other.multiple_of.get(k, 1)) for k in kinds},
+            {kind: multiple for kind, multiple in both.items() if multiple > 1},
             max(self.minimum, other.minimum),
             min(self.maximum, other.maximum),
             math.lcm(self.tensor_parallel, other.tensor_parallel),

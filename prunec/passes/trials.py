@@ -16,7 +16,7 @@ from prunec.graph.selection import Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.passes.budget import Budget
-from prunec.passes.compensation import Compensation
+from prunec.passes.compensation import Compensation, ObsCompensation
 from prunec.passes.levels import Cut, Levels, stitch
 from prunec.passes.measure import Measurement, Statistics
 from prunec.passes.prune import keeps_of, mend, prune_sites
@@ -104,7 +104,10 @@ class DenseTrials:
     @cached_property
     def _database(self) -> tuple[dict[str, Levels], dict[str, list[Cut]]]:
         weights = Weights(self._coupling, self._coupling.program.state)
-        names = self._criterion.statistics | self._compensation.statistics
+        # On the dense model's own inputs its output is the site's own: every regression is this.
+        fitted = self._compensation.regression is not None
+        compensation = ObsCompensation() if fitted else self._compensation
+        names = self._criterion.statistics | compensation.statistics
         measurement = Measurement(
             self._stream(weights, self._fit), self._sites, names - set(GRADIENT_STATISTICS)
         )
@@ -126,7 +129,7 @@ class DenseTrials:
                     if not step or mask is None:
                         cuts[site.name].append(Cut({}, {}))
                         continue
-                    mended = mend(site, problem, self._compensation, statistics, mask, weights)
+                    mended = mend(site, problem, compensation, statistics, mask, weights)
                     cuts[site.name].append(Cut(keeps, mended))
                 weights.release()
                 task.advance()
