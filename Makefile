@@ -49,7 +49,7 @@ bench: $(STAMP)  ## run the benchmarks, which write benchmarks/results/*.json
 	$(BIN)/python benchmarks/scaling.py
 
 engines: $(STAMP)  ## add llama.cpp (needs a compiler), Chromium, onnxruntime, lm-eval and peft
-	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx]' peft llama-cpp-python
+	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx,recovery]' llama-cpp-python
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { apt-get update && apt-get install -y --no-install-recommends chromium; }
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import prunec
-from prunec.cli import analyze, demo, evaluate, export, prune, recipes, trace
+from prunec.cli import analyze, demo, evaluate, export, prune, recipes, recover, trace
 from prunec.errors import PrunecError
 
 FAILED, INTERRUPTED = 2, 130
@@ -58,6 +58,7 @@ app.command("trace")(trace.trace)
 app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
 app.command("export")(export.export)
+app.command("recover")(recover.recover)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")

@@ -78,8 +78,7 @@ class Screen:
             transient=True,
             disable=quiet or not self._err.is_terminal,
         )
-        if json is not None:
-            _check_json_target(json)
+        check_file_target(None if json in (None, "-") else Path(str(json)), "--json")
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
@@ -176,7 +175,7 @@ def _console(*, stderr: bool, quiet: bool) -> Console:
     return console
 
 
-def _check_json_target(target: str) -> None:
-    """Fail before the work, not after it."""
-    if target != "-" and not Path(target).absolute().parent.is_dir():
-        raise ExportError(f"no such directory: {Path(target).parent}", where=f"--json {target}")
+def check_file_target(path: Path | None, option: str) -> None:
+    """Raises ExportError for a file that cannot be written: before the work, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ExportError(f"no such directory: {path.parent}", where=f"{option} {path}")

@@ -21,6 +21,7 @@ def model_card(shrunk: Shrunk, metadata: Mapping[str, Any], auto: str) -> str:
         _summary(shrunk, metadata.get("report") or {}),
         _loading(auto, shrunk.config.reason if custom else None),
         _sizes(shrunk),
+        _recovery(metadata.get("recovery") or {}),
         _metrics(metadata.get("metrics") or {}),
         _recipe(metadata.get("recipe")),
         _limits(custom),
@@ -94,6 +95,19 @@ def _table(title: str, head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> st
     lines = [head, ["---"] * len(head), *rows]
     body = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     return f"## {title}\n\n{body}\n"
+
+
+def _recovery(recovery: Mapping[str, Any]) -> str:
+    if not recovery:
+        return ""
+    settings = recovery["settings"]
+    rows = [
+        ("trained", f"{settings['train']}, {settings['objective']}"),
+        ("data", f"{recovery['data']}, {recovery['tokens']:,} tokens"),
+        ("steps", f"{recovery['steps']:,}"),
+        ("held-out loss", f"{recovery['before']:.4f} before, {recovery['after']:.4f} after"),
+    ]
+    return _table("Recovery", ["", ""], rows)
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

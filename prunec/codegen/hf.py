@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def save(
     *,
     tokenizer: Any = None,
     metadata: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
     overwrite: bool = False,
     max_shard_size: str = "1GB",
     progress: Progress = silent,
@@ -45,7 +46,8 @@ def save(
     Args:
         tokenizer: saved beside the model, if given.
         metadata: goes into prunec.json; "plan" and "recipe" get files of their own, "base_model",
-            "report" and "metrics" are read by the model card. Each may lack.
+            "report", "recovery" and "metrics" are read by the model card. Each may lack.
+        finish: called with the folder before it gets its name, for further files.
         overwrite: replace an existing model directory, once the new one is proven.
         max_shard_size: as `save_pretrained` takes it.
 
@@ -71,6 +73,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
+        if finish is not None:
+            finish(folder)
 
 
 def _write(shrunk: Shrunk, folder: Path, max_shard_size: str) -> None:

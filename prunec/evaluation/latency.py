@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
+from prunec.errors import ModelError, PlanError
 from prunec.evaluation.size import parameter_bytes
 from prunec.graph.memory import release_freed
 from prunec.models.example import example_inputs
@@ -57,11 +58,11 @@ def measure(
     memory during one run of its own, sampled every millisecond after freed memory went back to
     the system. So it does not depend on what else the process holds. On CUDA it is the
     allocator's own peak.
+
+    Raises:
+        PlanError: sizes that cannot be measured, or more tokens than the model reads.
     """
-    assert batch > 0
-    assert prompt > 0
-    assert new_tokens > 1
-    assert repeats > 0
+    _check(model, batch, prompt, new_tokens, repeats)
     run = _generation(model, batch, prompt, new_tokens) if generates(model) else _forward(model)
     with torch.inference_mode():
         run()
@@ -77,6 +78,22 @@ def measure(
         prompt=prompt,
         new_tokens=new_tokens,
     )
+
+
+def _check(model: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -> None:
+    if min(batch, prompt, repeats) < 1 or new_tokens < 2:
+        raise PlanError(
+            f"cannot time {repeats} runs of {batch} sequences of {prompt} + {new_tokens} tokens",
+            fix="at least 1 run of 1 sequence of 1 + 2 tokens",
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{type(model).__name__} has no weights, so it cannot be timed")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and generates(model) and prompt + new_tokens > limit:
+        raise PlanError(
+            f"the model reads at most {limit} tokens, {prompt} + {new_tokens} were asked for",
+            fix="a shorter prompt, or fewer new tokens",
+        )
 
 
 def _generation(model: Any, batch: int, prompt: int, new_tokens: int) -> Callable[[], list[float]]:

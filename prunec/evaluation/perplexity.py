@@ -1,27 +1,23 @@
-"""Perplexity of a causal language model on a text."""
+"""Perplexity of a causal language model: on a text in windows, or on batches of one's own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunec.calibration.text import read_text, tokenise
 from prunec.errors import CalibrationError
+from prunec.evaluation.logits import Inputs, logit_chunks, token_losses, with_positions
 from prunec.events import Progress, silent
 from prunec.models.digest import token_digest
 from prunec.models.generation import generates
-
-# Positions whose logits exist at one time: 50 MB of fp32 for a vocabulary of 49152.
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,8 @@ class Perplexity:
     """`value` is exp(`nll`); `nll` the mean negative log-likelihood, in nats a token.
 
     `tokens` were scored in `windows` windows of `window` tokens, `stride` apart. `data` names the
-    text; `digest` is the sha256 of all its tokens.
+    text; `digest` is the sha256 of all its tokens. `stderr` is the standard error of `value`, from
+    the spread of the windows' means (tokens within one are not independent); None for one window.
     """
 
     value: float
@@ -40,10 +37,11 @@ class Perplexity:
     windows: int
     data: str
     digest: str
+    stderr: float | None = None
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens begin to end of the text, of which those from `scored` on count."""
 
     begin: int
@@ -59,10 +57,10 @@ def perplexity(
     window: int = 1024,
     stride: int | None = None,
     max_windows: int | None = None,
+    batch_size: int = 1,
     progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity on a text: exp of the mean negative log-likelihood of its tokens, in windows.
-
 
     Without `stride`: non-overlapping windows of `window` tokens, each loses its first, and what
     does not fill the last window is left out; the mean is over all tokens scored. This is the
@@ -79,41 +77,110 @@ def perplexity(
 
     Raises:
         CalibrationError: the text is unusable or shorter than one window, the model does not
-            predict next tokens, or its vocabulary is smaller than the tokenizer's.
+            predict next tokens, reads fewer tokens than a window, or its vocabulary is smaller
+            than the tokenizer's.
     """
-    ids, data = _token_ids(tokenizer_or_ids, text, progress)
-    _check_model(model, ids)
-    windows = _windows(len(ids), window, stride, data)[:max_windows]
-    if not windows:
-        raise CalibrationError(f"no windows were asked for: max_windows={max_windows}")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, count = 0.0, 0
-    with (
-        progress.task(f"perplexity on {data}", len(windows)) as task,
-        torch.inference_mode(),
-        _logit_chunks(model) as logit_chunks,
-    ):
-        for part in windows:
-            inputs = ids[part.begin : part.end].to(device)
-            total += _loss(logit_chunks(inputs), inputs, part.scored - part.begin)
-            count += part.end - part.scored
-            task.advance()
-    nll = total / count
+    ids, data = token_ids(tokenizer_or_ids, text, progress)
+    windows = windows_of(len(ids), window, stride, data)[:max_windows]
+    check_model(model, ids, window)
+    if not windows or batch_size < 1:
+        raise CalibrationError(
+            f"no windows were asked for: max_windows={max_windows}, batch_size={batch_size}"
+        )
+    with progress.task(f"perplexity on {data}", len(windows)) as task:
+        losses, counts = [], []
+        for inputs, scored in window_batches(ids, windows, batch_size):
+            found = _losses(model, [(inputs, scored)])
+            losses.append(found)
+            counts.append(scored.sum(dim=1).double())
+            task.advance(len(found))
+    nll, error = mean_and_error(torch.cat(losses), torch.cat(counts))
+    value = _exp(nll)
     return Perplexity(
-        value=math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan,
+        value=value,
         nll=nll,
-        tokens=count,
+        tokens=int(torch.cat(counts).sum()),
         window=window,
         stride=stride or window,
         windows=len(windows),
         data=data,
         digest=token_digest(ids),
+        stderr=None if error is None else value * error,
     )
 
 
-def _token_ids(
-    tokenizer_or_ids: Any, text: str | PathLike[str] | None, progress: Progress
+def batch_nll(model: nn.Module, batches: Sequence[Inputs]) -> tuple[float, int]:
+    """Mean negative log-likelihood over batches, in nats a token, and the number of tokens.
+
+    A batch is `input_ids`, int64 [batch, n]; `attention_mask`, 0 at padding on either side; and
+    `labels`, -100 where a token does not count. A token counts if it and the one before it are
+    not padding. Other inputs, such as `position_ids`, go to the model as they are.
+    """
+    pairs = [_scored(batch) for batch in batches]
+    losses = _losses(model, pairs)
+    count = sum(int(scored.sum()) for _, scored in pairs)
+    if not count:
+        raise CalibrationError("no token of these batches counts: all are padding or masked")
+    return float(losses.sum()) / count, count
+
+
+def _scored(batch: Inputs) -> tuple[dict[str, Tensor], Tensor]:
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    scored = torch.zeros_like(mask)
+    scored[:, 1:] = mask[:, 1:] & mask[:, :-1]
+    if "labels" in batch:
+        scored &= batch["labels"] != -100
+    return {name: value for name, value in batch.items() if name != "labels"}, scored
+
+
+def _losses(model: nn.Module, pairs: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+    """Summed loss of each row of each batch."""
+    found = []
+    with torch.inference_mode(), logit_chunks(model) as chunks:
+        for inputs, scored in pairs:
+            placed = with_positions(model, inputs)
+            ids = placed["input_ids"]
+            found.append(token_losses(chunks(placed), ids, scored.to(ids.device)))
+    return torch.cat(found)
+
+
+def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """Mean of all tokens and its standard error, from the sums and counts of clusters of them.
+
+    The ratio estimator: residuals of the clusters around the common mean (Cochran, Sampling
+    Techniques, 3rd ed., eq. 6.13, without the finite population's correction).
+    """
+    total, number = float(counts.sum()), len(sums)
+    mean = float(sums.sum()) / total
+    if number < 2:
+        return mean, None
+    residuals = sums - mean * counts
+    variance = float((residuals**2).sum()) * number / (number - 1) / total**2
+    return mean, math.sqrt(variance) if math.isfinite(variance) else math.nan
+
+
+def window_batches(
+    ids: Tensor, windows: Sequence[Window], batch_size: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Inputs and the tokens to score, bool [batch, n]; a shorter window is padded on the right."""
+    for first in range(0, len(windows), batch_size):
+        part = windows[first : first + batch_size]
+        length = max(w.end - w.begin for w in part)
+        rows = torch.zeros(len(part), length, dtype=torch.int64)
+        mask, scored = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        for row, w in enumerate(part):
+            rows[row, : w.end - w.begin] = ids[w.begin : w.end]
+            mask[row, : w.end - w.begin] = 1
+            scored[row, w.scored - w.begin : w.end - w.begin] = True
+        inputs = {"input_ids": rows}
+        yield inputs if bool(mask.all()) else inputs | {"attention_mask": mask}, scored
+
+
+def token_ids(
+    tokenizer_or_ids: Any, text: str | PathLike[str] | None, progress: Progress = silent
 ) -> tuple[Tensor, str]:
+    """Token ids int64 [tokens] of a text, a file or themselves, and what they are called."""
     if isinstance(tokenizer_or_ids, Tensor):
         return tokenizer_or_ids.reshape(-1).cpu(), "tokens" if text is None else str(text)
     if tokenizer_or_ids is None:
@@ -126,7 +193,12 @@ def _token_ids(
         return tokenise(content, tokenizer_or_ids, special_tokens=True), name
 
 
-def _windows(tokens: int, window: int, stride: int | None, data: str) -> list[_Window]:
+def windows_of(tokens: int, window: int, stride: int | None, data: str) -> list[Window]:
+    """The windows of a text of so many tokens.
+
+    Raises:
+        CalibrationError: window and stride do not fit together, or the text is too short.
+    """
     if window < 2 or (stride is not None and not 1 <= stride <= window):
         raise CalibrationError(
             f"window {window} and stride {stride} do not fit together",
@@ -139,85 +211,16 @@ def _windows(tokens: int, window: int, stride: int | None, data: str) -> list[_W
         )
     if stride is None or stride == window:
         starts = range(0, tokens - window + 1, window)
-        return [_Window(start, start + window, start + 1) for start in starts]
-    found = [_Window(0, window, 1)]
+        return [Window(start, start + window, start + 1) for start in starts]
+    found = [Window(0, window, 1)]
     while (reached := found[-1].end) < tokens:
         begin = found[-1].begin + stride
-        found.append(_Window(begin, min(begin + window, tokens), reached))
+        found.append(Window(begin, min(begin + window, tokens), reached))
     return found
 
 
-def _loss(chunks: Iterator[Tensor], ids: Tensor, first: int) -> float:
-    """Sum of the negative log-likelihoods of tokens `first` and after, in nats.
-
-    `chunks` are the logits of consecutive positions, each [positions, vocabulary].
-    """
-    total, position = 0.0, 0
-    for logits in chunks:
-        # The logits at a position predict the token after it.
-        begin, end = max(position, first - 1), min(position + len(logits), len(ids) - 1)
-        if begin < end:
-            scores = logits[begin - position : end - position].float()
-            losses = F.cross_entropy(scores, ids[begin + 1 : end + 1], reduction="none")
-            total += float(losses.sum(dtype=torch.float64))
-        position += len(logits)
-    return total
-
-
-@contextmanager
-def _logit_chunks(model: Any) -> Iterator[Callable[[Tensor], Iterator[Tensor]]]:
-    """A function from token ids [n] to their logits, in chunks of positions.
-
-    The head is run here, chunk by chunk: a hook takes the hidden states on their way in, and
-    leaves the model the last position only. Where the head cannot be found, or the model's
-    logits are not its output (they are scaled or capped afterwards), the logits come whole.
-    """
-    find = getattr(model, "get_output_embeddings", None)
-    head: Any = find() if find is not None else None
-    hidden: list[Tensor] = []
-
-    def take(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        states = arguments[0]
-        hidden.append(states)
-        return (states[:, -1:], *arguments[1:]) if states.dim() == 3 else arguments
-
-    handle = head.register_forward_pre_hook(take) if isinstance(head, nn.Module) else None
-
-    def chunks(ids: Tensor) -> Iterator[Tensor]:
-        hidden.clear()
-        logits = _logits(model, ids)
-        if handle and not _is_output_of(head, hidden, logits, ids):
-            handle.remove()
-            hidden.clear()
-            logits = _logits(model, ids)
-        if hidden:
-            for states in torch.split(hidden[0], _CHUNK, dim=1):
-                yield head.forward(states)[0]  # forward: past the hook
-        else:
-            yield from torch.split(logits[0], _CHUNK)
-
-    try:
-        yield chunks
-    finally:
-        if handle:
-            handle.remove()
-
-
-def _is_output_of(head: Any, hidden: list[Tensor], logits: Tensor, ids: Tensor) -> bool:
-    """Whether logits [1, 1, vocabulary] are the head's own, of the last of the hidden states."""
-    if len(hidden) != 1 or hidden[0].shape[:-1] != (1, len(ids)):
-        return False
-    return torch.equal(head.forward(hidden[0][:, -1:]), logits)
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    output = model(ids[None], use_cache=False) if hasattr(model, "config") else model(ids[None])
-    logits = getattr(output, "logits", output)
-    assert isinstance(logits, Tensor)
-    return logits
-
-
-def _check_model(model: Any, ids: Tensor) -> None:
+def check_model(model: Any, ids: Tensor, window: int) -> None:
+    """Raises CalibrationError if the model cannot predict these tokens in windows of that size."""
     if hasattr(model, "config") and not generates(model):
         raise CalibrationError(
             f"{type(model).__name__} does not predict next tokens: it has no perplexity"
@@ -229,3 +232,15 @@ def _check_model(model: Any, ids: Tensor) -> None:
             f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens",
             fix="use the model's own tokenizer",
         )
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit and window > limit:
+        raise CalibrationError(
+            f"the model reads at most {limit} tokens, and windows of {window} were asked for",
+            fix=f"a smaller window: --window {limit}",
+        )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf if nll == nll else math.nan

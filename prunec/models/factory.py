@@ -34,7 +34,7 @@ def call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor] | None]:
     Raises:
         ModelError: it cannot be imported, raises, or returns something else.
     """
-    factory = _import(spec)
+    factory = import_object(spec)
     try:
         made = factory()
     except Exception as error:
@@ -49,7 +49,12 @@ def call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor] | None]:
     return module, None if example is None else _by_keyword(spec, module, example)
 
 
-def _import(spec: str) -> Any:
+def import_object(spec: str) -> Any:
+    """Import the callable that ``package.module:name`` stands for; the current directory is first.
+
+    Raises:
+        ModelError: it cannot be imported, or is no callable.
+    """
     path, _, attribute = spec.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from prunec.errors import CalibrationError
-from prunec.evaluation import perplexity
-from prunec.evaluation.perplexity import _windows
+from prunec.evaluation import logits, perplexity
+from prunec.evaluation.perplexity import windows_of
 from prunec.models import open_model
 
 MODEL = tiny_llama()
@@ -54,7 +54,7 @@ def test_windows_do_not_overlap_and_each_loses_its_first_token(window: int) -> N
 @pytest.mark.parametrize("chunk", [1, 5, 256])
 def test_the_chunk_of_logits_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(MODEL, TOKENIZER, LONG, window=37, stride=11)
-    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", chunk)
+    monkeypatch.setattr(logits, "_CHUNK", chunk)
     got = perplexity(MODEL, TOKENIZER, LONG, window=37, stride=11)
     assert got.nll == pytest.approx(whole.nll, rel=1e-6)
 
@@ -76,9 +76,9 @@ def test_strided_windows_score_every_token_once_with_more_context() -> None:
 def test_overlapping_windows_tile_the_text(tokens: int, window: int, stride: int) -> None:
     if stride >= window or tokens < window:
         return
-    scored = [i for w in _windows(tokens, window, stride, "") for i in range(w.scored, w.end)]
+    scored = [i for w in windows_of(tokens, window, stride, "") for i in range(w.scored, w.end)]
     assert scored == list(range(1, tokens))
-    assert all(w.end - w.begin <= window for w in _windows(tokens, window, stride, ""))
+    assert all(w.end - w.begin <= window for w in windows_of(tokens, window, stride, ""))
 
 
 class Recorder(nn.Module):
@@ -95,7 +95,7 @@ class Recorder(nn.Module):
 
 
 def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(perplexity.__globals__, "_CHUNK", 8)
+    monkeypatch.setattr(logits, "_CHUNK", 8)
     model = tiny_llama()
     head = Recorder(model.lm_head)
     model.set_output_embeddings(head)

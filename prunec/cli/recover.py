@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunec.cli import options
+from prunec.errors import ExportError, PlanError
+
+if TYPE_CHECKING:
+    from prunec.cli.console import Screen
+    from prunec.models import Source
+    from prunec.recovery.recover import RecoveryReport
+    from prunec.recovery.settings import Recovery
+
+
+def recover(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory that prunec prune wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The directory to write.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="lora|distill|full|scale", help="What trains.  [default: lora]"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A paper's settings: slimgpt, slimllm, FILE.yaml"),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Text; .jsonl of instructions; a Hub data set owner/name; or self: text that the "
+            "dense model samples.",
+        ),
+    ] = "self",
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Stop after so many epochs.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes.  [default: 30 on a CPU]")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model.  [default: the one DIR names]"),
+    ] = None,
+    teacher_device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="Where it is.  [default: --device]")
+    ] = None,
+    changed: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting, such as rank=16."),
+    ] = None,
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A TrainingArgument, such as report_to=wandb."),
+    ] = None,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Keep the LoRA adapter too, in OUT/adapter.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = None,
+    device: options.Device = "cpu",
+    dtype: options.DType = "float32",
+    quiet: options.Quiet = False,
+) -> None:
+    """Train what pruning left: LoRA, distillation, scales or everything.
+
+    The adapter is merged: OUT is as DIR, with other weights. Held-out text decides which state of
+    the training is kept; where none is better than DIR, OUT is DIR and the report says so.
+
+    Example: prunec recover smaller -o mended --method lora --data notes.txt --minutes 30
+    """
+    from prunec.cli.console import Screen
+    from prunec.cli.opening import parse_settings
+    from prunec.codegen.directory import check_target
+
+    screen = Screen(quiet=quiet, json=json)
+    if out is None:
+        raise ExportError("no output directory", fix="add -o OUT")
+    if resume and overwrite and not out.exists():
+        overwrite = False
+    check_target(out, overwrite=overwrite)
+    settings = chosen(method, recipe, changed or [])
+    limits = {"steps": steps, "epochs": epochs, "minutes": minutes}
+    given = {name: value for name, value in limits.items() if value is not None}
+    if given:
+        settings = replace(settings, steps=None, epochs=None, minutes=None).override(given)
+    settings = settings.override({"seed": seed})
+    report = run(
+        screen,
+        directory,
+        out,
+        settings,
+        data,
+        teacher=teacher,
+        place=(device, teacher_device or device, dtype),
+        trainer=parse_settings(trainer or []),
+        keep_adapter=keep_adapter,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if report is not None:
+        show(screen, report)
+        screen.timings()
+        screen.write_json({"directory": str(directory), "out": str(out), **report.to_json()})
+
+
+def chosen(method: str | None, recipe: str | None, changed: list[str]) -> Recovery:
+    """The settings that the options name."""
+    from prunec.cli.opening import parse_settings
+    from prunec.recovery.settings import load_recovery
+    from prunec.recovery.settings import method as by_method
+
+    if recipe and method:
+        raise PlanError("--recipe says what trains: leave out --method", where=f"--method {method}")
+    settings = load_recovery(recipe) if recipe else by_method(method or "lora")
+    return settings.override(parse_settings(changed))
+
+
+def run(
+    screen: Screen,
+    directory: Path,
+    out: Path,
+    settings: Recovery,
+    data: str,
+    *,
+    teacher: str | None = None,
+    place: tuple[str, str, str] = ("cpu", "cpu", "float32"),
+    trainer: Mapping[str, Any] | None = None,
+    keep_adapter: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RecoveryReport | None:
+    """Recover `directory` into `out`; None in the further processes of a distributed run."""
+    from prunec.cli.opening import open_source
+    from prunec.codegen.rewrite import read_record, rewrite
+    from prunec.models.quiet import quiet
+    from prunec.recovery.recover import recover as train
+
+    device, teacher_device, dtype = place
+    source = open_source(str(directory), screen, device=device, dtype=dtype)
+    dense: Source | None = None
+    if settings.objective == "distill" or data == "self":
+        name = teacher or read_record(directory).get("base_model")
+        if not name:
+            raise PlanError(f"{directory} does not name its dense model", fix="--teacher MODEL")
+        dense = open_source(str(name), screen, device=teacher_device, dtype=dtype)
+    work = out.absolute().with_name(f".{out.name}.recovery")
+    recovered = train(
+        source.model,
+        source.tokenizer,
+        data,
+        settings,
+        work=work,
+        base=str(directory),
+        teacher=dense.model if dense else None,
+        resume=resume,
+        options=trainer,
+        progress=screen,
+    )
+    if not recovered.is_main:
+        return None
+
+    def finish(folder: Path) -> None:
+        if keep_adapter and recovered.adapter is not None:
+            shutil.copytree(recovered.adapter, folder / "adapter")
+
+    with quiet():
+        rewrite(
+            recovered.model,
+            directory,
+            out,
+            changes={"recovery": recovered.report.to_json()},
+            tokenizer=source.tokenizer,
+            finish=finish,
+            overwrite=overwrite,
+            progress=screen,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return recovered.report
+
+
+def show(screen: Screen, report: RecoveryReport) -> None:
+    """What was trained and what came of it."""
+    settings = report.settings
+    what = f"{settings.train}, {settings.objective}"
+    screen.facts(
+        "Recovery",
+        [
+            ["trained", f"{report.parameters:,} parameters ({what})"],
+            ["data", f"{report.data}: {report.tokens:,} tokens, {report.held_out} rows held out"],
+            ["steps", f"{report.steps:,}"],
+            ["held-out loss", f"{report.before:.4f} before, {report.after:.4f} after"],
+        ],
+    )
+    if not report.improved:
+        screen.say("Training did not lower the held-out loss: the weights are unchanged.")

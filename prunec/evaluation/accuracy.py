@@ -1,0 +1,163 @@
+"""Accuracy of models that do not write text: masked tokens, and classes from a user's loader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunec.errors import CalibrationError
+from prunec.evaluation.perplexity import token_ids, windows_of
+from prunec.events import Progress, silent
+from prunec.models.factory import import_object
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`value` is the part, 0 to 1, of `samples` predictions that were right; `stderr` its standard
+    error, sqrt(p (1 - p) / (n - 1)) as lm-eval has it (None for one sample). `nll` is the mean
+    negative log-likelihood of the right answers, in nats. `data` names where they came from.
+    """
+
+    value: float
+    stderr: float | None
+    nll: float
+    samples: int
+    data: str
+
+
+def masked_accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | PathLike[str],
+    *,
+    window: int = 128,
+    max_windows: int | None = None,
+    ratio: float = 0.15,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Accuracy:
+    """How often a masked language model finds the tokens that were masked out.
+
+    Non-overlapping windows; in each the same part of the positions, `ratio`, is replaced by the
+    mask token, drawn from `seed` and so the same for every model with this tokenizer.
+
+    Raises:
+        CalibrationError: the text is unusable, or the tokenizer has no mask token.
+    """
+    mask_token = getattr(tokenizer, "mask_token_id", None)
+    if mask_token is None:
+        raise CalibrationError("the tokenizer has no mask token: this is no masked language model")
+    ids, data = token_ids(tokenizer, text, progress)
+    windows = windows_of(len(ids), window, None, data)[:max_windows]
+    if not windows or not 0 < ratio < 1:
+        raise CalibrationError(
+            f"nothing was to be masked: max_windows={max_windows}, ratio={ratio:g}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(ratio * window))
+
+    def batches() -> Iterable[Mapping[str, Tensor]]:
+        for part in windows:
+            whole = ids[part.begin : part.end]
+            places = torch.randperm(window, generator=generator)[:count]
+            labels = torch.full_like(whole, IGNORED)
+            labels[places] = whole[places]
+            yield {
+                "input_ids": torch.where(labels == IGNORED, whole, mask_token)[None],
+                "labels": labels[None],
+            }
+
+    return accuracy(model, batches(), data=data, total=len(windows), progress=progress)
+
+
+def loaded_accuracy(model: nn.Module, loader: str, *, progress: Progress = silent) -> Accuracy:
+    """Classification accuracy on the batches that ``package.module:loader`` returns.
+
+    Raises:
+        ModelError: the loader cannot be imported.
+        CalibrationError: it gives something else than batches.
+    """
+    batches = import_object(loader)()
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"{loader} gave {type(batches).__name__}, not batches",
+            fix="return an iterable of (inputs, labels), or of dicts with a key labels",
+        )
+    total = len(batches) if isinstance(batches, Sized) else None
+    return accuracy(model, batches, data=loader, total=total, progress=progress)
+
+
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    data: str = "batches",
+    total: int | None = None,
+    progress: Progress = silent,
+) -> Accuracy:
+    """The part of labels that are the model's first choice.
+
+    A batch is (inputs, labels), or a dict with `labels`; labels are int64 of the shape of the
+    logits without their last axis, the classes, and -100 where they do not count. A batch of which
+    one input is a tensor goes to the model as its first argument.
+
+    Raises:
+        CalibrationError: a batch of another form, labels of another shape, or no labels at all.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right, count, loss = 0, 0, 0.0
+    with progress.task(f"accuracy on {data}", total) as task, torch.inference_mode():
+        for batch in batches:
+            inputs, labels = _split(batch, data)
+            labels = labels.to(device)
+            logits = _run(model, inputs, device)
+            if logits.shape[:-1] != labels.shape:
+                raise CalibrationError(
+                    f"labels {list(labels.shape)} do not go with logits {list(logits.shape)}",
+                    where=data,
+                    fix="labels have the shape of the logits without the last axis, the classes",
+                )
+            counted = labels != IGNORED
+            scores, wanted = logits[counted].float(), labels[counted]
+            right += int((scores.argmax(-1) == wanted).sum())
+            count += len(wanted)
+            losses = F.cross_entropy(scores, wanted, reduction="none")
+            loss += float(losses.sum(dtype=torch.float64))
+            task.advance()
+    if not count:
+        raise CalibrationError("there are no labels to compare with", where=data)
+    value = right / count
+    stderr = math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else None
+    return Accuracy(value, stderr, loss / count, count, data)
+
+
+def _split(batch: Any, data: str) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise CalibrationError(
+        f"a batch is a {type(batch).__name__} without labels",
+        where=data,
+        fix="give (inputs, labels), or a dict with a key labels",
+    )
+
+
+def _run(model: Any, inputs: Any, device: torch.device) -> Tensor:
+    if isinstance(inputs, Mapping):
+        output = model(**{name: value.to(device) for name, value in inputs.items()})
+    else:
+        output = model(inputs.to(device))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise CalibrationError(f"{type(model).__name__} gives no logits: it has no accuracy")
+    return logits
