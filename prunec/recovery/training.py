@@ -39,7 +39,7 @@ class Point:
     loss: float
 
 
-class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
+class Watch(TrainerCallback, ExportableState):
     """Keeps the time and the curves, stops when the minutes are over, and tells the user.
 
     Seconds count training and its measurements; those of an interrupted run are carried on.
@@ -113,7 +113,7 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.shown = done
 
 
-class Training(Trainer):  # type: ignore[misc]
+class Training(Trainer):
     """Trainer whose schedule may follow the clock and whose loss may be the teacher's.
 
     The held-out loss is always the cross-entropy, so that methods compare.
@@ -141,7 +141,8 @@ class Training(Trainer):  # type: ignore[misc]
                 part = min(1.0, max(step / max(1, num_training_steps), watch.part))
                 return warm * schedule_factor(settings.schedule, part)
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            chosen: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(chosen, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

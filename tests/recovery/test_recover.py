@@ -1,0 +1,227 @@
+"""Recovery on a tiny model: what trains, what is kept, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import TEXT, tiny_llama, tiny_tokenizer
+
+from prunec.errors import CheckpointError, PlanError
+from prunec.recovery.adapters import attach, linear_targets, merge, norms
+from prunec.recovery.recover import Recovered, recover
+from prunec.recovery.settings import load_recovery, method, recovery_names
+from prunec.recovery.teacher import Teacher, distillation_loss, learnt_positions, soft_targets
+from prunec.recovery.training import Training
+
+pytestmark = [pytest.mark.engine("peft"), pytest.mark.filterwarnings("ignore")]
+TINY = {"steps": 8, "seq_len": 32, "batch_size": 4, "rank": 4, "evaluate_every": 2}
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PRUNEC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "t.txt").write_text(TEXT * 40)
+    return str(tmp_path / "t.txt")
+
+
+def run(text: str, name: str, model: Any = None, **options: Any) -> Recovered:
+    settings = method(name).override({**TINY, **options.pop("settings", {})})
+    options.setdefault("work", Path(text).parent / "work")
+    model = tiny_llama() if model is None else model
+    return recover(model, tiny_tokenizer(), text, settings, **options)
+
+
+def test_targets_are_found_by_structure() -> None:
+    model = tiny_llama()
+    found = linear_targets(model, {"input_ids": torch.arange(22).reshape(2, 11)})
+    assert len(found) == 2 * 7
+    assert "lm_head" not in found
+    assert "model.layers.1.mlp.down_proj" in found
+    assert set(norms(model)) == {
+        "model.norm",
+        *(f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),
+    }
+
+
+def test_lora_lowers_the_loss_and_merges_to_what_its_adapter_computes(text: str) -> None:
+    from peft import PeftModel
+
+    found = run(text, "lora", base="dense")
+    report = found.report
+    assert report.improved
+    assert report.after < report.before - 0.05
+    assert report.after == pytest.approx(min(p.loss for p in report.held_out_losses))
+    assert report.steps == 8
+    assert not any("lora" in name for name, _ in found.model.named_parameters())
+    assert found.adapter is not None
+    adapted = PeftModel.from_pretrained(tiny_llama(), found.adapter).eval()
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        a, b = adapted(input_ids=ids).logits, found.model(input_ids=ids).logits
+    assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    config = json.loads((found.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "dense"
+
+
+def test_scale_tuning_changes_norms_and_row_scales_and_nothing_else(text: str) -> None:
+    found = run(text, "scale", settings={"learning_rate": 0.02})
+    assert found.report.improved
+    old = dict(tiny_llama().named_parameters())
+    targets = linear_targets(tiny_llama(), {"input_ids": torch.arange(22).reshape(2, 11)})
+    for name, new in found.model.named_parameters():
+        path = name.removesuffix(".weight")
+        if path in targets:
+            factor = new / old[name]
+            assert torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-3)
+            assert not torch.equal(new, old[name])
+        elif path not in norms(tiny_llama()):
+            assert torch.equal(new, old[name]), name
+    assert found.report.parameters == 5 * 32 + 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+
+
+def test_full_fine_tuning_trains_everything(text: str) -> None:
+    found = run(text, "full", settings={"learning_rate": 5e-3})
+    assert found.report.improved
+    assert found.report.parameters == sum(p.numel() for p in tiny_llama().parameters())
+    assert not any(p.requires_grad for p in found.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_what_did_not_get_better_is_returned_as_it_was(text: str, name: str) -> None:
+    said: list[str] = []
+
+    class Says:
+        def message(self, line: str) -> None:
+            said.append(line)
+
+        def task(self, description: str, total: int | None = None) -> Any:
+            from prunec.events import silent
+
+            return silent.task(description, total)
+
+    settings = {"learning_rate": 30.0, "warmup_steps": 0, "schedule": "constant"}
+    settings |= {"evaluate_every": 4}  # by then nothing is left of the model
+    found = run(text, name, settings=settings, progress=Says())
+    assert not found.report.improved
+    assert found.report.after == found.report.before
+    assert any("did not lower" in line for line in said)
+    for new, old in zip(found.model.parameters(), tiny_llama().parameters(), strict=True):
+        assert torch.equal(new, old)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_curve(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"dropout": 0.1}
+    whole = run(text, "lora", settings=settings).report
+    step = Training.training_step
+
+    def interrupted(self: Any, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(text, "lora", settings=settings)
+    again = run(text, "lora", settings=settings, resume=True).report
+    assert [(p.step, p.loss) for p in again.held_out_losses] == pytest.approx(
+        [(p.step, p.loss) for p in whole.held_out_losses]
+    )
+    assert [(p.step, p.loss) for p in again.training] == pytest.approx(
+        [(p.step, p.loss) for p in whole.training]
+    )
+    with pytest.raises(CheckpointError, match="other settings"):
+        run(text, "lora", settings={"dropout": 0.2}, resume=True)
+
+
+def test_minutes_end_a_run(text: str) -> None:
+    settings = method("lora").override({**TINY, "steps": None, "minutes": 0.05})
+    found = recover(tiny_llama(), tiny_tokenizer(), text, settings, work=Path(text).parent / "work")
+    assert 3 <= found.report.seconds < 20
+    assert found.report.held_out_losses[-1].step == found.report.steps
+
+
+def test_the_distillation_loss_is_the_formula() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 40), torch.randn(5, 40)
+    temperature = 2.0
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    expected = temperature**2 * (p * (p / q).log()).sum(-1)
+    whole = distillation_loss(student, soft_targets(teacher, temperature, 0), temperature)
+    assert torch.allclose(whole, expected, rtol=1e-5)
+    few = distillation_loss(student, soft_targets(teacher, temperature, 10), temperature)
+    assert (few < expected).all()
+    assert (few > 0).all()
+    same = distillation_loss(teacher, soft_targets(teacher, temperature, 10), temperature)
+    assert torch.allclose(same, torch.zeros(5), atol=1e-5)
+
+
+def test_the_teacher_is_asked_once_for_a_row(text: str) -> None:
+    teacher = Teacher(tiny_llama(3), temperature=1.0, top_k=8)
+    ids = torch.arange(40).reshape(2, 20)
+    labels = ids.clone()
+    labels[1, :12] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    first = teacher.targets(batch)
+    assert teacher.misses == 2
+    assert len(first.tokens) == 19 + 8 == int(learnt_positions(labels).sum())
+    again = Teacher(tiny_llama(3), temperature=1.0, top_k=8)
+    second = again.targets(batch)
+    assert again.misses == 0
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.log_p, second.log_p)
+    direct = tiny_llama(3)(ids[1:]).logits[0, 11:-1].log_softmax(-1).topk(8).values
+    assert torch.allclose(first.log_p[19:], direct, atol=1e-5)
+
+
+def test_distillation_follows_the_teacher(text: str) -> None:
+    teacher = tiny_llama()
+    student = tiny_llama()
+    torch.manual_seed(5)
+    for layer in student.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.2)
+    found = run(
+        text, "distill", student, teacher=teacher,
+        settings={"hidden": 0.5, "hard": 0.1, "learning_rate": 3e-3},
+    )  # fmt: skip
+    assert found.report.settings.objective == "distill"
+    assert found.report.steps == 8
+    with pytest.raises(PlanError, match="needs the dense model"):
+        run(text, "distill")
+
+
+def test_a_merge_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prunec.errors import VerifyError
+
+    probe = {"input_ids": torch.arange(22).reshape(2, 11)}
+    adapted = attach(tiny_llama(), method("lora").override(TINY), probe)
+    monkeypatch.setattr(adapted, "merge_and_unload", lambda: tiny_llama(1))
+    with pytest.raises(VerifyError, match="differs from the model with its adapter"):
+        merge(adapted, probe)
+
+
+def test_settings_are_checked_and_papers_have_names() -> None:
+    assert {"llm-pruner", "slimgpt", "slimllm"} <= set(recovery_names())
+    assert load_recovery("slimllm").rank == 4
+    assert load_recovery("llm-pruner").epochs == 2
+    assert method("lora").override({"learning_rate": "1e-4"}).learning_rate == 1e-4
+    for settings, reason in (
+        ({"rnak": 3}, "no setting 'rnak'"),
+        ({"rank": 0}, "at least 1"),
+        ({"rank": 2.5}, "whole number"),
+        ({"dropout": 2}, "a part"),
+        ({"batch_size": 8, "micro_batch": 3}, "does not divide"),
+        ({"schedule": "square"}, "schedule is 'square'"),
+    ):
+        with pytest.raises(PlanError, match=reason):
+            method("lora").override(settings)
+    with pytest.raises(PlanError, match="no recovery method 'lroa'"):
+        method("lroa")
+    with pytest.raises(PlanError, match="no recovery recipe"):
+        load_recovery("nope")
