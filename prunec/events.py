@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -15,6 +15,9 @@ class Task(Protocol):
 
     def update(self, description: str) -> None:
         """Say what the step is doing now."""
+
+    def row(self, cells: Mapping[str, str]) -> None:
+        """What one part of the step came to, by column: a line of a table that grows."""
 
 
 class Progress(Protocol):
@@ -38,6 +41,9 @@ class _SilentTask:
     def update(self, description: str) -> None:
         pass
 
+    def row(self, cells: Mapping[str, str]) -> None:
+        pass
+
 
 class _Silent:
     @contextmanager
@@ -49,3 +55,18 @@ class _Silent:
 
 
 silent: Progress = _Silent()
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it.
+
+    >>> duration(0.42), duration(75), duration(7500)
+    ('0.4 s', '1 min 15 s', '2 h 05 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest:02} min"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("trace", "analyze", "prune", "recover", "eval", "demo", "recipes")
+COMMANDS = ("trace", "analyze", "prune", "recover", "report", "compare", "eval", "demo", "recipes")
 PRUNEC = str(Path(sys.executable).with_name("prunec"))
 
 

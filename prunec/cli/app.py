@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import prunec
-from prunec.cli import analyze, demo, evaluate, export, prune, recipes, recover, trace
+from prunec.cli import analyze, compare, demo, evaluate, export, prune, recipes, recover, trace
 from prunec.errors import PrunecError
 
 FAILED, INTERRUPTED = 2, 130
@@ -59,6 +59,8 @@ app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
 app.command("export")(export.export)
 app.command("recover")(recover.recover)
+app.command("report")(compare.report)
+app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(recipes.app, name="recipes")

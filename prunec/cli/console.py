@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,9 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from prunec.errors import ExportError
-from prunec.events import Task
+from prunec.events import Task, duration
 
 PIPE_WIDTH = 120
+LIVE_ROWS = 12
 
 
 class _Count(MofNCompleteColumn):
@@ -37,10 +38,24 @@ class _Count(MofNCompleteColumn):
         return Text() if task.total is None else super().render(task)
 
 
+class _Board(Bars):
+    """Progress bars under the last lines of the table that their steps fill."""
+
+    rows: Sequence[Mapping[str, str]] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.rows:
+            table = Table(*self.rows[-1], box=None, pad_edge=False)
+            for row in self.rows[-LIVE_ROWS:]:
+                table.add_row(*(Text(cell) for cell in row.values()))
+            yield table
+        yield self.make_tasks_table(self.tasks)
+
+
 class _Bar:
     """A `events.Task` drawn as one rich progress bar."""
 
-    def __init__(self, bars: Bars, description: str, total: int | None) -> None:
+    def __init__(self, bars: _Board, description: str, total: int | None) -> None:
         self._bars = bars
         self._id = bars.add_task(description, total=total)
 
@@ -50,7 +65,11 @@ class _Bar:
     def update(self, description: str) -> None:
         self._bars.update(self._id, description=description)
 
+    def row(self, cells: Mapping[str, str]) -> None:
+        self._bars.rows = [*self._bars.rows, cells][-LIVE_ROWS:]
+
     def close(self) -> None:
+        self._bars.rows = ()
         self._bars.remove_task(self._id)
 
 
@@ -68,7 +87,7 @@ class Screen:
         self._depth = 0
         self._out = _console(stderr=json == "-", quiet=quiet)
         self._err = _console(stderr=True, quiet=quiet)
-        self._bars = Bars(
+        self._bars = _Board(
             TextColumn("{task.description}"),
             BarColumn(),
             _Count(),
@@ -97,7 +116,7 @@ class Screen:
         if self._depth == 0:
             seconds = time.perf_counter() - started
             self.seconds[description] = self.seconds.get(description, 0.0) + seconds
-            self._err.print(f"{description}: {seconds:.1f} s", style="dim")
+            self._err.print(f"{description}: {duration(seconds)}", style="dim")
 
     def message(self, text: str) -> None:
         self._err.print(text)
@@ -136,9 +155,9 @@ class Screen:
 
     def timings(self) -> None:
         """How long each step took."""
-        rows = [[step, f"{seconds:.1f}"] for step, seconds in self.seconds.items()]
-        rows.append(["all", f"{sum(self.seconds.values()):.1f}"])
-        self.table("Seconds", ["step", "s"], rows)
+        rows = [[step, duration(seconds)] for step, seconds in self.seconds.items()]
+        rows.append(["all", duration(sum(self.seconds.values()))])
+        self.table("Time", ["step", ""], rows)
 
     def write_json(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
         """Write `value` where ``--json`` said, if it did: a file, or ``-`` for stdout."""

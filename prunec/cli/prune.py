@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunec.cli import options
+from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
 from prunec.errors import ExportError, ModelError, PlanError
 
@@ -99,6 +100,20 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a run to the same OUT was stopped.")
     ] = False,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD", help="Then train what is left: lora, distill, scale or full."
+        ),
+    ] = None,
+    recover_data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What to train on.  [default: the first --calibration]"),
+    ] = None,
+    recover_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of the training, such as minutes=10."),
+    ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = None,
     random_weights: options.RandomWeights = False,
@@ -116,6 +131,7 @@ def prune(
 
     Example: prunec prune smollm2 -o smaller --target params=110M --hardware gpu --protect 0
     """
+    from prunec.calibration.sources import parse_source
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_batches, open_source, save_result
     from prunec.passes.checkpoint import progress_folder, remove_journal
@@ -124,6 +140,7 @@ def prune(
     from prunec.passes.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
+    training = chosen(recover, None, recover_set or []) if recover else None
     aim = chosen_target(ratio, target)
     _check(out, dry_run=dry_run, overwrite=overwrite)
     cut = _read_plan(plan) if plan else None
@@ -165,11 +182,17 @@ def prune(
         save_result(result, out, source, screen, overwrite=overwrite)
         remove_journal(progress_folder(out))
     show_report(screen, result.report)
-    screen.timings()
     written = None if dry_run else str(out)
-    screen.write_json(
-        {"model": model, "out": written, **result.report.to_json(), "plan": result.plan.to_json()}
-    )
+    record = {"model": model, "out": written, **result.report.to_json()}
+    if training and out and not dry_run:
+        data = recover_data or parse_source((calibration or ["self"])[0]).name
+        place = (device, device, dtype)
+        mended = run(screen, out, out, training, data, place=place, overwrite=True)
+        if mended is not None:
+            show(screen, mended)
+            record["recovery"] = mended.to_json()
+    screen.timings()
+    screen.write_json({**record, "plan": result.plan.to_json()})
 
 
 def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> Outline:

@@ -42,6 +42,7 @@ class Decision:
         error: accumulated loss, relative (None where the statistics do not tell).
         kept: bool masks by group name; empty if nothing was removed.
         updated: tensors that compensation changed, by name.
+        curve: (parameters removed, error then) at a few steps of the removal curve.
     """
 
     removed: int
@@ -49,6 +50,7 @@ class Decision:
     error: float | None = None
     kept: Mapping[str, BoolArray] = field(default_factory=dict)
     updated: Mapping[str, Tensor] = field(default_factory=dict)
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 class Journal:
@@ -82,7 +84,8 @@ class Journal:
         changed = [n[len(_UPDATED) :] for n in names if n.startswith(_UPDATED)]
         updated = _Filed(path, changed, self._owner)
         carry, cost = record["spent"]
-        return Decision(record["removed"], (carry, cost), record["error"], kept, updated)
+        curve = tuple((count, loss) for count, loss in record["curve"])
+        return Decision(record["removed"], (carry, cost), record["error"], kept, updated, curve)
 
     def record(self, number: int, decision: Decision) -> None:
         """Write a decision, whole or not at all.
@@ -93,7 +96,7 @@ class Journal:
         tensors = {_KEPT + n: torch.from_numpy(np.array(k)) for n, k in decision.kept.items()}
         tensors |= {_UPDATED + n: t.contiguous().cpu() for n, t in decision.updated.items()}
         facts = {"removed": decision.removed, "spent": decision.spent, "error": decision.error}
-        record = json.dumps(facts)
+        record = json.dumps({**facts, "curve": decision.curve})
         content = save(tensors, {"record": record})
         path = self._folder / f"{number:04d}-{_digest(content)}.safetensors"
         _write(path, content)

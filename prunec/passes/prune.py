@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from prunec.graph.dims import Dim
 from prunec.graph.interpreter import Stream
 from prunec.graph.memory import release_freed
 from prunec.graph.selection import BoolArray, Keep, Selection
-from prunec.importance.curves import Criterion
+from prunec.importance.curves import Criterion, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
 from prunec.passes.budget import Budget
@@ -38,6 +39,7 @@ class SiteReport:
         kept: units kept per group.
         error: accumulated loss over the energy of the site's dense output, 0 to 1 (None where the
             statistics do not tell).
+        curve: (parameters removed, error then) at a few steps of the site's removal curve.
     """
 
     site: str
@@ -47,6 +49,17 @@ class SiteReport:
     removed: int
     kept: Mapping[str, int]
     error: float | None
+    curve: tuple[tuple[int, float], ...] = ()
+
+    def cells(self) -> dict[str, str]:
+        """The site as a line of a table."""
+        kept = (f"{count} {name.rpartition('/')[2]}" for name, count in self.kept.items())
+        return {
+            "site": self.site,
+            "removed": f"{self.removed / self.parameters:.1%}",
+            "kept": ", ".join(kept),
+            "error": "" if self.error is None else f"{self.error:.4f}",
+        }
 
 
 @dataclass(frozen=True)
@@ -94,12 +107,14 @@ def prune_sites(
         for site in shared:
             worker.visit(site, worker.measurement(batches, [site]))
             worker.release()
+            task.row(worker.reports[-1].cells())
             task.advance()
         measurement = worker.measurement(batches, single)
         for site in single:
             task.update(f"pruning {site.name}")
             worker.visit(site, measurement)
             worker.release()
+            task.row(worker.reports[-1].cells())
             task.advance()
     budget.close()
     return Pruned(weights, weights.selection, tuple(worker.reports))
@@ -202,7 +217,7 @@ class _Worker:
         if self._budget.stays_whole(site):
             measurement.skip(site)
             self._budget.skip(site)
-            self._report(site, problem, 0, wanted, {}, None)
+            self._report(site, problem, wanted, Decision(0, self._budget.spent))
             return
         decision = self._journal.recall(len(self.reports)) if self._journal else None
         if decision is None:
@@ -215,7 +230,7 @@ class _Worker:
             self._weights.select(selection, decision.updated)
             measurement.stream.select(selection)
             release_freed()
-        self._report(site, problem, decision.removed, wanted, decision.kept, decision.error)
+        self._report(site, problem, wanted, decision)
 
     def _decide(self, site: Site, problem: SiteProblem, measured: Statistics) -> Decision:
         statistics = {**self._prior, **measured}
@@ -224,9 +239,11 @@ class _Worker:
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
         kept = curve.keep(problem, steps)
-        error = _relative(loss, problem.weight, statistics)
+        energy = _energy(problem.weight, statistics)
+        error = None if energy is None else loss / energy if energy > 0 else 0.0
         updated = self._mend(site, problem, statistics, kept) if steps else {}
-        decision = Decision(removed, self._budget.spent, error, kept, updated)
+        points = _points(curve, energy) if energy else ()
+        decision = Decision(removed, self._budget.spent, error, kept, updated, points)
         if self._journal is None:
             return decision
         self._journal.record(len(self.reports), decision)
@@ -251,35 +268,35 @@ class _Worker:
             raise PlanError(f"nothing was removed at {site.name}")
         return mend(site, problem, self._compensation, statistics, mask, self._weights)
 
-    def _report(
-        self,
-        site: Site,
-        problem: SiteProblem,
-        removed: int,
-        wanted: int,
-        kept: Mapping[str, BoolArray],
-        error: float | None,
-    ) -> None:
+    def _report(self, site: Site, problem: SiteProblem, wanted: int, decision: Decision) -> None:
         whole = {group.name: group.size for group in site.groups}
-        counts = {name: int(mask.sum(axis=1).max()) for name, mask in kept.items()}
+        counts = {name: int(mask.sum(axis=1).max()) for name, mask in decision.kept.items()}
         self.reports.append(
             SiteReport(
                 site=site.name,
                 block=site.block,
                 parameters=problem.size(whole),
                 wanted=wanted,
-                removed=removed,
+                removed=decision.removed,
                 kept=whole | counts,
-                error=error,
+                error=decision.error,
+                curve=decision.curve,
             )
         )
 
 
-def _relative(loss: float, weight: Tensor, statistics: Statistics) -> float | None:
-    """The loss over the energy ``tr(W C W^T)`` of the site's dense output."""
+def _energy(weight: Tensor, statistics: Statistics) -> float | None:
+    """The energy ``tr(W C W^T)`` of the site's dense output, where the statistics tell."""
     gram = statistics.get("input_gram")
     if gram is None:
         return None
     dense = weight.to(gram.dtype)
-    energy = float(((dense @ gram) * dense).sum())
-    return loss / energy if energy > 0 else 0.0
+    return float(((dense @ gram) * dense).sum())
+
+
+def _points(curve: RemovalCurve, energy: float) -> tuple[tuple[int, float], ...]:
+    """At most 24 points of a removal curve, evenly spread over its steps, the last among them."""
+    if not len(curve.loss):
+        return ()
+    steps = np.unique(np.linspace(0, len(curve.loss) - 1, 24).astype(int))
+    return tuple((int(curve.parameters[i]), float(curve.loss[i]) / energy) for i in steps)
