@@ -23,21 +23,22 @@ from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
 from prunec.graph.trace import Example, Loss, trace
-from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.models import example_inputs, state_digest
 from prunec.models.digest import tensor_digest
 from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
 from prunec.passes.budget import Budget, block_budget
 from prunec.passes.checkpoint import opened_journal
-from prunec.passes.dense import GroupScores, dense_sites, score_groups
+from prunec.passes.dense import dense_sites
 from prunec.passes.depth import choose_branches, drop, verify_dropped
 from prunec.passes.goal import Goal, block_parameters
 from prunec.passes.latency import paired_ratio
+from prunec.passes.measure import Statistics
 from prunec.passes.plan import Plan
 from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
-from prunec.passes.recipe import Part, Recipe, load_recipe
+from prunec.passes.recipe import Recipe, load_recipe
+from prunec.passes.scores import Origin, Scores, Shelf
 from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import (
     Weights,
@@ -50,20 +51,22 @@ from prunec.passes.slice import (
 from prunec.passes.survey import DenseSurvey
 from prunec.passes.target import Target, chosen_target
 from prunec.passes.verify import verify_sliced
+from prunec.scoring import Batches, Scored, batches_of, score
 
 __all__ = [
+    "Batches",
     "Report",
     "Result",
+    "Scored",
     "apply_plan",
     "couple",
     "export",
     "load",
     "prune",
     "register",
+    "score",
     "trace",
 ]
-
-Batches = Calibration | Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def prune(
     recipe: str | Recipe = "slimgpt",
     ratio: float | None = None,
     target: str | Target | None = None,
-    calibration: Batches,
+    calibration: Batches | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
@@ -195,6 +198,7 @@ def prune(
     device: str | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    scores: str | Path | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Remove a part of a model's repeated blocks and mend what is left.
@@ -206,7 +210,7 @@ def prune(
             target is given either.
         target: in place of a ratio what is to be left: "params=100M", "flops=70%", "kv-cache=50%",
             "memory=250MB", "latency=0.8x".
-        calibration: inputs by name, all batches of one shape.
+        calibration: inputs by name, all batches of one shape; may be left out with saved scores.
         seed: for recipes that draw numbers.
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
         loss: for criteria that need gradients: ``loss(model, inputs)``, a scalar for the inputs of
@@ -216,35 +220,64 @@ def prune(
         device: where a model on meta is computed, the CPU by default.
         checkpoint: a directory in which progress is kept, site by site; who calls removes it.
         resume: go on from what `checkpoint` holds, to the same bytes.
+        scores: a directory for what is measured of the dense model. The first run writes it,
+            later ones, at any target, read it and no data. Runs with scores are one-shot: sites
+            are ranked and mended from the dense model's inputs, not from the pruned prefix's.
 
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
         TraceError, VerifyError: the model cannot be traced, or a check failed.
-        CheckpointError: what `checkpoint` holds is of another run, damaged, or cannot be written.
+        CheckpointError: what `checkpoint` or `scores` holds is of another run, damaged, or cannot
+            be written.
     """
     clock = _Clock()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(settings or {})
     aim = chosen_target(ratio, target)
     criterion, allocation, compensation = _build(chosen, seed)
-    batches = _batches(calibration)
+    shelf = None if scores is None else Shelf(Path(scores))
+    saved = shelf.saved if shelf else None
+    batches = [] if saved and calibration is None else batches_of(calibration)
+    example = saved.example if saved and not batches else batches[0]
     with progress.task("trace the model"), clock("trace"):
-        coupling = couple(trace(model, batches[0]))
+        coupling = couple(trace(model, example))
         sites, skipped = find_sites(coupling, chosen.units)
         if compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))
             sites, skipped = find_sites(coupling, chosen.units)
+    present = weights_of(coupling, weights, device)
+    names = criterion.statistics | compensation.statistics
+    prior: Statistics = {}
+    with clock("score"):
+        if saved is None:
+            prior = prior_statistics(
+                model,
+                sites,
+                names,
+                batches,
+                loss=loss,
+                weights=present.read,
+                device=present.device,
+                progress=progress,
+            )
+        if shelf:
+            origin = Origin.of(model, criterion, compensation, loss, batches, weights)
+            measured = dense_sites(
+                coupling,
+                sites,
+                names,
+                batches,
+                prior=prior,
+                regression=compensation.regression,
+                weights=present,
+                progress=progress,
+            )
+            described = _describe(calibration)
+            saved = shelf.scores(origin, described, measured, criterion, coupling.program.example)
+            saved.check(origin, sites, names)
     goal = Goal.on(coupling, aim)
     sites = goal.concerned(sites)
-    present = weights_of(coupling, weights, device)
     with clock("allocate"):
-        names = criterion.statistics | compensation.statistics
-        if weights is not None and names & set(GRADIENT_STATISTICS):
-            raise PlanError(
-                f"{chosen.importance.name} needs gradients, and so all weights in memory",
-                fix="load the model, or choose a criterion without gradients, such as obs",
-            )
-        prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
         survey = DenseSurvey(
             coupling,
             sites,
@@ -253,12 +286,14 @@ def prune(
             batches,
             prior=prior,
             weights=present,
+            scores=saved,
             progress=progress,
         )
         budget = block_budget(
             coupling, sites, allocation, goal, survey=survey, constraints=chosen.constraints
         )
     run = {"recipe": chosen.to_dict(), "target": str(aim), "seed": seed, "data": _digest(batches)}
+    run |= {} if saved is None else {"scores": vars(saved.origin)}
     if checkpoint is not None:
         run |= {"model": state_digest(model, weights), "device": str(present.device)}
     with clock("prune"), opened_journal(checkpoint, run, resume=resume) as journal:
@@ -272,6 +307,7 @@ def prune(
             prior=prior,
             weights=present,
             journal=journal,
+            scores=saved,
             progress=progress,
         )
     plan = Plan.of(coupling, pruned.selection)
@@ -281,7 +317,7 @@ def prune(
         seed=seed,
         sites=pruned.sites,
         skipped=tuple(skipped),
-        calibration=_describe(calibration),
+        calibration=_describe(calibration) if saved is None else _reported(saved),
         aim=_aim(budget),
         **_sizes(coupling, coupling, pruned.weights),
     )
@@ -292,55 +328,6 @@ def prune(
         factor, spread = paired_ratio(coupling.program, result.program)
     aimed = {**report.aim, "measured_factor": factor, "measured_spread": spread}
     return replace(result, report=replace(result.report, aim=aimed))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A model's coupling, and what the units of each group are worth on some data.
-
-    Attributes:
-        groups: one entry a group that has a site, in graph order.
-    """
-
-    coupling: CouplingGraph
-    groups: tuple[GroupScores, ...]
-
-
-def score(
-    model: nn.Module,
-    *,
-    importance: str | Part,
-    calibration: Batches,
-    loss: Loss | None = None,
-    progress: Progress = silent,
-) -> Scored:
-    """Score the units of every group of the dense model; nothing is removed.
-
-    Args:
-        model: any nn.Module; not changed.
-        importance: the name of a criterion, or a Part with its options.
-        calibration: inputs by name, all batches of one shape.
-        loss: as in :func:`prune`.
-
-    Raises:
-        PluginError, PlanError: no such criterion, or no such option of it.
-        VerifyError: NaN or Inf in the weights or activations.
-    """
-    part = Part(importance, {}) if isinstance(importance, str) else importance
-    criterion = part.build("importance")
-    batches = _batches(calibration)
-    with progress.task("trace the model"):
-        coupling = couple(trace(model, batches[0]))
-    sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
-    names = criterion.statistics
-    prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
-    measured = dense_sites(coupling, sites, names, batches, prior=prior, progress=progress)
-    scored = [
-        group
-        for site, problem, statistics in measured
-        for group in score_groups(site, problem, criterion, statistics)
-    ]
-    return Scored(coupling, tuple(scored))
 
 
 @dataclass(frozen=True)
@@ -437,13 +424,6 @@ def _build(recipe: Recipe, seed: int) -> tuple[Any, Any, Any]:
     )
 
 
-def _batches(calibration: Batches) -> Sequence[Mapping[str, Tensor]]:
-    batches = calibration.batches if isinstance(calibration, Calibration) else list(calibration)
-    if not batches:
-        raise PlanError("there are no calibration batches", fix="give at least one")
-    return batches
-
-
 def _aim(budget: Budget) -> dict[str, Any]:
     goal = budget.goal
     return {
@@ -460,9 +440,13 @@ def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
     return tensor_digest(batch[name] for batch in batches for name in sorted(batch))
 
 
-def _describe(calibration: Batches) -> dict[str, Any]:
+def _reported(scores: Scores) -> dict[str, Any]:
+    return {**scores.calibration, "scores": str(scores.directory), "one_shot": True}
+
+
+def _describe(calibration: Batches | None) -> dict[str, Any]:
     if not isinstance(calibration, Calibration):
-        return {"batches": len(calibration)}
+        return {"batches": len(calibration or ())}
     return {
         "tokens": calibration.tokens,
         "digest": calibration.digest,

@@ -94,6 +94,14 @@ def prune(
             help="Cut as this plan.json says, without a recipe, data or correction.",
         ),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save what is measured of the dense model there, or use what is saved: another "
+            "target then reads no data. One-shot: see docs/criteria.md.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each site would give; prune nothing.")
     ] = False,
@@ -172,9 +180,11 @@ def prune(
             return
     _check_weights(source)
     if method:
-        batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
+        batches = None
+        if calibration or not (scores and scores.exists()):
+            batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
         saved = None if dry_run or out is None else progress_folder(out)
-        result = _prune(screen, source, method, aim, batches, seed, saved, resume)
+        result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
     else:
         assert cut
         result = _apply(screen, source, cut)
@@ -208,10 +218,11 @@ def _prune(
     source: Source,
     recipe: Recipe,
     target: Target,
-    batches: Batches,
+    batches: Batches | None,
     seed: int,
     checkpoint: Path | None,
     resume: bool,
+    scores: Path | None,
 ) -> Result:
     import prunec
 
@@ -224,6 +235,7 @@ def _prune(
         weights=source.weights,
         checkpoint=checkpoint,
         resume=resume,
+        scores=scores,
         progress=screen,
     )
 

@@ -16,6 +16,7 @@ from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import FloatArray, SiteProblem, UnitSet
 from prunec.passes.measure import Measurement, Statistics
+from prunec.passes.regression import Regression
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
 
@@ -27,6 +28,7 @@ def dense_sites(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     prior: Statistics | None = None,
+    regression: Regression | None = None,
     weights: Weights | None = None,
     progress: Progress = silent,
 ) -> Iterator[tuple[Site, SiteProblem, Statistics]]:
@@ -35,23 +37,21 @@ def dense_sites(
     Args:
         names: the statistics to take; where all are in `prior`, the batches are not read.
         prior: statistics that were taken before, such as those of gradients; handed on.
+        regression: the moments that a compensation asks for beside them.
 
     Raises:
         VerifyError: NaN or Inf at a site.
     """
     weights = Weights(coupling, coupling.program.state) if weights is None else weights
     streamed = set(names) - set(GRADIENT_STATISTICS)
-    shared = [[site] for site in sites if len(site.nodes) > 1]
-    single = [site for site in sites if len(site.nodes) == 1]
     with progress.task("scoring", total=len(sites)) as task:
-        for together in [*shared, single]:
-            measurement = _measurement(coupling, together, streamed, batches, weights)
-            for site in together:
-                task.update(f"scoring {site.name}")
-                taken = measurement.take(site) if measurement else {}
-                yield site, site_problem(site, coupling, weights), {**(prior or {}), **taken}
-                weights.release()
-                task.advance()
+        measurement = _measurement(coupling, sites, streamed, batches, regression, weights)
+        for site in sites:
+            task.update(f"scoring {site.name}")
+            taken = measurement.take(site) if measurement else {}
+            yield site, site_problem(site, coupling, weights), {**(prior or {}), **taken}
+            weights.release()
+            task.advance()
 
 
 def _measurement(
@@ -59,19 +59,24 @@ def _measurement(
     sites: Sequence[Site],
     names: Collection[str],
     batches: Sequence[Mapping[str, Tensor]],
+    regression: Regression | None,
     weights: Weights,
 ) -> Measurement | None:
-    if not names or not sites:
+    if not sites or not (names or regression):
         return None
-    stream = Stream(
-        coupling.program,
-        coupling.layout,
-        batches,
-        weights.__getitem__,
-        selection=weights.selection,
-        device=weights.device,
-    )
-    return Measurement(stream, sites, names)
+
+    def stream() -> Stream:
+        return Stream(
+            coupling.program,
+            coupling.layout,
+            batches,
+            weights.__getitem__,
+            selection=weights.selection,
+            device=weights.device,
+        )
+
+    dense = stream() if regression is not None and regression.needs_dense else None
+    return Measurement(stream(), sites, names, regression=regression, dense=dense)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor, fx
 
 from prunec.graph.interpreter import Reader, Stream
+from prunec.graph.selection import Selection
 from prunec.importance.statistics import Collector, collector, producer_statistics, statistic_of
 from prunec.passes.regression import Moments, Regression
 from prunec.passes.sites import Site
@@ -15,6 +17,22 @@ from prunec.passes.sites import Site
 Statistics = Mapping[str, Tensor]
 """One tensor per name that a criterion or a compensation declares; of a producer or a gradient,
 per parameter (see `statistic_of`)."""
+
+
+class Measured(Protocol):
+    """Where a site's statistics come from: a stream, or what an earlier run saved."""
+
+    def take(self, site: Site) -> Statistics:
+        """The statistics of a site; sites come in the order of the graph."""
+
+    def pass_by(self, site: Site) -> None:
+        """Go on as if they had been taken."""
+
+    def skip(self, site: Site) -> None:
+        """Those of this site are not needed."""
+
+    def select(self, selection: Selection) -> None:
+        """Units went, as this selection says."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,10 @@ class Measurement:
         self._pending = [stop for stop in self._pending if stop.site != site.name]
         self._collectors.pop(site.name)
         self._moments.pop(site.name, None)
+
+    def select(self, selection: Selection) -> None:
+        """Units went: what streams by carries them no more."""
+        self.stream.select(selection)
 
     def _run_to(self, site: Site) -> None:
         while any(stop.site == site.name for stop in self._pending):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def prior_statistics(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     loss: Loss | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Callable[[str], Tensor] | None = None,
     device: torch.device | None = None,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def prior_statistics(
         batches: inputs by name; an index of their first axis is a sample.
         loss: ``loss(model, inputs)``, a scalar for one sample; by default the model's own, with
             the inputs' ``labels``, or their tokens where there are none.
-        weights: the model's tensors by name; by default its own.
+        weights: gives the tensors of a model on meta by name.
         device: where to compute; by default where the weights are.
 
     Raises:
@@ -50,13 +50,17 @@ def prior_statistics(
         for group in site.groups
         for member in group.members
     )
-    tensors = program.state if weights is None else weights
+
+    def weight(name: str) -> Tensor:
+        own = program.state[name]
+        return weights(name) if own.is_meta and weights is not None else own
+
     return gradient_statistics(
         program,
         samples,
         wanted,
         axes,
-        weight=tensors.__getitem__,
-        device=device or tensors[next(iter(program.parameters))].device,
+        weight=weight,
+        device=device or program.state[next(iter(program.parameters))].device,
         progress=progress,
     )

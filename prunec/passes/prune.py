@@ -22,7 +22,8 @@ from prunec.importance.problem import SiteProblem
 from prunec.passes.budget import Budget
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
 from prunec.passes.compensation import Compensation
-from prunec.passes.measure import Measurement, Statistics
+from prunec.passes.measure import Measured, Measurement, Statistics
+from prunec.passes.scores import Scores
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
 
@@ -82,6 +83,7 @@ def prune_sites(
     prior: Statistics | None = None,
     weights: Weights | None = None,
     journal: Journal | None = None,
+    scores: Scores | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
@@ -92,6 +94,8 @@ def prune_sites(
         prior: statistics that were taken before, such as those of gradients.
         weights: the tensors to begin with; by default those of the program.
         journal: where decisions are kept, and taken from where it already has them.
+        scores: of the dense model, saved before: then no batch is read, and every site is pruned
+            as the dense model had it.
 
     Raises:
         VerifyError: NaN or Inf at a site.
@@ -100,7 +104,9 @@ def prune_sites(
     weights = Weights(coupling, coupling.program.state) if weights is None else weights
     if weights.stored and journal is None:
         journal = temporary_journal()
-    worker = _Worker(coupling, criterion, compensation, weights, budget, prior or {}, journal)
+    worker = _Worker(
+        coupling, criterion, compensation, weights, budget, prior or {}, journal, scores
+    )
     shared = [site for site in sites if len(site.nodes) > 1]
     single = [site for site in sites if len(site.nodes) == 1]
     with progress.task("pruning", total=len(sites)) as task:
@@ -169,6 +175,7 @@ class _Worker:
         budget: Budget,
         prior: Statistics,
         journal: Journal | None,
+        scores: Scores | None,
     ):
         self._coupling = coupling
         self._criterion = criterion
@@ -178,11 +185,14 @@ class _Worker:
         self._budget = budget
         self._prior = prior
         self._journal = journal
+        self._scores = scores
         self.reports: list[SiteReport] = []
 
     def measurement(
         self, batches: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
-    ) -> Measurement:
+    ) -> Measured:
+        if self._scores is not None:
+            return self._scores
         regression = self._compensation.regression
         dense = None
         if regression is not None and regression.needs_dense:
@@ -211,7 +221,7 @@ class _Worker:
         self._weights.release()
         self._dense.release()
 
-    def visit(self, site: Site, measurement: Measurement) -> None:
+    def visit(self, site: Site, measurement: Measured) -> None:
         problem = site_problem(site, self._coupling, self._weights)
         wanted = self._budget.want(site)
         if self._budget.stays_whole(site):
@@ -228,13 +238,13 @@ class _Worker:
         if decision.updated:
             selection = self._selection(decision.kept)
             self._weights.select(selection, decision.updated)
-            measurement.stream.select(selection)
+            measurement.select(selection)
             release_freed()
         self._report(site, problem, wanted, decision)
 
     def _decide(self, site: Site, problem: SiteProblem, measured: Statistics) -> Decision:
         statistics = {**self._prior, **measured}
-        curve = self._criterion.rank(problem, statistics, limit=self._budget.limit(site))
+        curve = self._curve(site, problem, statistics)
         steps = self._budget.choose(site, curve)
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
@@ -249,6 +259,12 @@ class _Worker:
         self._journal.record(len(self.reports), decision)
         recalled = self._journal.recall(len(self.reports)) if self._weights.stored else None
         return recalled or decision
+
+    def _curve(self, site: Site, problem: SiteProblem, statistics: Statistics) -> RemovalCurve:
+        # Where the order depends on how much goes, the saved statistics rank again.
+        if self._scores is None or getattr(self._criterion, "depends_on_limit", False):
+            return self._criterion.rank(problem, statistics, limit=self._budget.limit(site))
+        return self._scores.curve(site)
 
     def _selection(self, kept: Mapping[str, BoolArray]) -> Selection:
         return self._weights.selection.with_keeps(keeps_of(self._coupling, kept))

@@ -15,10 +15,11 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.interpreter import Stream
 from prunec.graph.residual import passages
 from prunec.importance.curves import Criterion, RemovalCurve
-from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.passes.compensation import Compensation
-from prunec.passes.measure import Measurement, Statistics
-from prunec.passes.sites import Site, site_problem
+from prunec.passes.dense import dense_sites
+from prunec.passes.measure import Statistics
+from prunec.passes.scores import Scores
+from prunec.passes.sites import Site
 from prunec.passes.slice import Weights
 from prunec.passes.trials import DenseTrials, split
 
@@ -33,6 +34,7 @@ class DenseSurvey:
         batches: calibration inputs.
         prior: statistics that were taken before, such as those of gradients.
         weights: the dense tensors, by default those of the program.
+        scores: saved before; the curves are read from them.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class DenseSurvey:
         *,
         prior: Statistics | None = None,
         weights: Weights | None = None,
+        scores: Scores | None = None,
         progress: Progress = silent,
     ):
         self._coupling = coupling
         self._prior = prior or {}
+        self._scores = scores
         self._weights = weights or Weights(coupling, coupling.program.state)
         self._sites = sites
         self._criterion = criterion
@@ -59,25 +63,30 @@ class DenseSurvey:
     @cached_property
     def curves(self) -> dict[str, RemovalCurve]:
         """The full removal curve of each site on the dense model's inputs, by site name."""
-        found: dict[str, RemovalCurve] = {}
-        with self._progress.task("dense removal curves", len(self._sites)) as task:
-            names = self._criterion.statistics - set(GRADIENT_STATISTICS)
-            measurement = Measurement(self._stream(), self._sites, names)
-            for site in self._sites:
-                problem = site_problem(site, self._coupling, self._weights)
-                statistics = {**self._prior, **measurement.take(site)}
-                found[site.name] = self._criterion.rank(problem, statistics)
-                self._weights.release()
-                task.advance()
-        return found
+        if self._scores is not None:
+            return {site.name: self._scores.curve(site) for site in self._sites}
+        measured = dense_sites(
+            self._coupling,
+            self._sites,
+            self._criterion.statistics,
+            self._batches,
+            prior=self._prior,
+            weights=self._weights,
+            progress=self._progress,
+        )
+        return {
+            site.name: self._criterion.rank(problem, statistics)
+            for site, problem, statistics in measured
+        }
 
     @cached_property
     def similarities(self) -> dict[str, float]:
         """Mean over tokens of the cosine between a block's input and its output, by block.
 
         Raises:
-            PlanError: the model has no residual stream.
+            PlanError: the model has no residual stream, or there are no batches.
         """
+        self._check_data()
         along = passages(self._coupling.program, self._coupling.layout)
         if not along:
             raise PlanError(
@@ -119,6 +128,7 @@ class DenseSurvey:
         self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0
     ) -> DenseTrials:
         """Pruning for trial, on parts of the batches that are spread over all of them."""
+        self._check_data()
         fit, held = split(self._batches, fit_tokens=fit_tokens, held_tokens=held_tokens)
         return DenseTrials(
             self._coupling,
@@ -142,3 +152,11 @@ class DenseSurvey:
             weights.__getitem__,
             device=weights.device,
         )
+
+    def _check_data(self) -> None:
+        if not self._batches:
+            raise PlanError(
+                "the allocation runs the model on calibration data, and there is none",
+                so="saved scores hold what sites need, not what allocations do",
+                fix="give the calibration that the scores were taken on too",
+            )

@@ -1,0 +1,81 @@
+"""Scores of a model's units on data, without removing any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prunec.calibration import Calibration
+from prunec.errors import PlanError
+from prunec.events import Progress, silent
+from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.trace import Loss, trace
+from prunec.passes.dense import GroupScores, dense_sites, score_groups
+from prunec.passes.prior import prior_statistics
+from prunec.passes.recipe import Part
+from prunec.passes.sites import find_sites
+
+Batches = Calibration | Sequence[Mapping[str, Tensor]]
+
+
+def batches_of(calibration: Batches | None) -> list[Mapping[str, Tensor]]:
+    """The inputs of a calibration.
+
+    Raises:
+        PlanError: there are none.
+    """
+    given = calibration.batches if isinstance(calibration, Calibration) else calibration
+    if not given:
+        raise PlanError("there are no calibration batches", fix="give at least one")
+    return list(given)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's coupling, and what the units of each group are worth on some data.
+
+    Attributes:
+        groups: one entry a group that has a site, in graph order.
+    """
+
+    coupling: CouplingGraph
+    groups: tuple[GroupScores, ...]
+
+
+def score(
+    model: nn.Module,
+    *,
+    importance: str | Part,
+    calibration: Batches,
+    loss: Loss | None = None,
+    progress: Progress = silent,
+) -> Scored:
+    """Score the units of every group of the dense model; nothing is removed.
+
+    Args:
+        model: any nn.Module; not changed.
+        importance: the name of a criterion, or a Part with its options.
+        calibration: inputs by name, all batches of one shape.
+        loss: as in :func:`prune`.
+
+    Raises:
+        PluginError, PlanError: no such criterion, or no such option of it.
+        VerifyError: NaN or Inf in the weights or activations.
+    """
+    part = Part(importance, {}) if isinstance(importance, str) else importance
+    criterion = part.build("importance")
+    batches = batches_of(calibration)
+    with progress.task("trace the model"):
+        coupling = couple(trace(model, batches[0]))
+    sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
+    names = criterion.statistics
+    prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
+    measured = dense_sites(coupling, sites, names, batches, prior=prior, progress=progress)
+    scored = [
+        group
+        for site, problem, statistics in measured
+        for group in score_groups(site, problem, criterion, statistics)
+    ]
+    return Scored(coupling, tuple(scored))
