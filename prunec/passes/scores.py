@@ -128,10 +128,10 @@ class Scores:
                 raise self._refused("lack what this compensation reads", ", ".join(missing))
 
     def take(self, site: Site) -> Statistics:
-        """The statistics of a site of the dense model."""
+        """The statistics of a site of the dense model, fp64."""
         with self._open(site) as file:
             keys = [key for key in file.keys() if not key.startswith("curve.")]  # noqa: SIM118
-            return {key: file.get_tensor(key) for key in keys}
+            return {key: file.get_tensor(key).double() for key in keys}
 
     def pass_by(self, site: Site) -> None:
         """Nothing streams."""
