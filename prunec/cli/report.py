@@ -18,6 +18,8 @@ def show_report(screen: Screen, report: Report) -> None:
     if report.sites:
         columns = ["site", "parameters", "wanted", "realised", "kept", "error"]
         screen.table("Sites", columns, [_site(site) for site in report.sites], words=(0, 4))
+    if lacking := [site.site for site in report.sites if site.bias is False]:
+        screen.say(f"No bias was fitted where the model has no place for one: {', '.join(lacking)}")
     _show_skipped(screen, report.skipped)
     _show_aim(screen, report)
     screen.say(f"Comparisons with a reference that passed: {len(report.checks)}")

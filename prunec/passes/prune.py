@@ -41,6 +41,7 @@ class SiteReport:
         error: accumulated loss over the energy of the site's dense output, 0 to 1 (None where the
             statistics do not tell).
         curve: (parameters removed, error then) at a few steps of the site's removal curve.
+        bias: whether the site can carry a bias; None where none is wanted.
     """
 
     site: str
@@ -51,6 +52,7 @@ class SiteReport:
     kept: Mapping[str, int]
     error: float | None
     curve: tuple[tuple[int, float], ...] = ()
+    bias: bool | None = None
 
     def cells(self) -> dict[str, str]:
         """The site as a line of a table."""
@@ -297,6 +299,7 @@ class _Worker:
                 kept=whole | counts,
                 error=decision.error,
                 curve=decision.curve,
+                bias=site.bias is not None if self._compensation.bias else None,
             )
         )
 

@@ -233,3 +233,17 @@ def test_a_window_is_needed_to_hold_one_out() -> None:
             calibration=batches(1),
             settings={"compensation": "least-squares"},
         )
+
+
+def test_the_search_mends_towards_the_dense_model_too() -> None:
+    settings = {
+        "compensation": "least-squares",
+        "compensation.target": "dense",
+        "compensation.bias": True,
+        "allocation.effort": "fast",
+    }
+    result = prunec.prune(
+        tiny("llama"), recipe="auto", ratio=0.3, calibration=batches(16), settings=settings
+    )
+    assert result.report.realised_ratio == pytest.approx(0.3, abs=0.03)
+    assert all(site.bias for site in result.report.sites)
