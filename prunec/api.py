@@ -31,6 +31,7 @@ from prunec.passes.budget import Budget, block_budget
 from prunec.passes.checkpoint import opened_journal
 from prunec.passes.dense import dense_sites
 from prunec.passes.depth import choose_branches, drop, verify_dropped
+from prunec.passes.distributed import processes
 from prunec.passes.goal import Goal, block_parameters
 from prunec.passes.latency import paired_ratio
 from prunec.passes.measure import Statistics
@@ -296,14 +297,16 @@ def prune(
     run |= {} if saved is None else {"scores": vars(saved.origin)}
     if checkpoint is not None:
         run |= {"model": state_digest(model, weights), "device": str(present.device)}
-    with clock("prune"), opened_journal(checkpoint, run, resume=resume) as journal:
+    together = processes()
+    kept = checkpoint if together.first else None
+    with clock("prune"), opened_journal(kept, run, resume=resume) as journal:
         pruned = prune_sites(
             coupling,
             sites,
             budget,
             criterion,
             compensation,
-            batches,
+            together.share(batches),
             prior=prior,
             weights=present,
             journal=journal,

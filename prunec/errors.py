@@ -10,6 +10,7 @@
     ├── VerifyError        a check of the result failed; nothing was written
     ├── ExportError        the result cannot be written where or how it was asked for
     ├── CheckpointError    saved progress that does not belong to this run
+    ├── ProcessError       another process of a run under torchrun has ended
     └── PluginError        a plug-in that is absent or does not load
 
 The command line prints the message and exits with code 2. ``assert`` is for prunec's own bugs.
@@ -78,6 +79,10 @@ class ExportError(PrunecError):
 
 class CheckpointError(PrunecError):
     """Saved progress that does not belong to this run."""
+
+
+class ProcessError(PrunecError):
+    """Another process of a run under torchrun has ended."""
 
 
 class PluginError(PrunecError):

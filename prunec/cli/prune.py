@@ -145,6 +145,7 @@ def prune(
     from prunec.passes.checkpoint import progress_folder, remove_journal
     from prunec.passes.constraints import Constraints
     from prunec.passes.constraints import hardware as preset
+    from prunec.passes.distributed import launched
     from prunec.passes.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
@@ -184,7 +185,11 @@ def prune(
         if calibration or not (scores and scores.exists()):
             batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
         saved = None if dry_run or out is None else progress_folder(out)
-        result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
+        with launched() as together:
+            screen.quiet = quiet or not together.first
+            result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
+        if not together.first:  # the first process writes
+            return
     else:
         assert cut
         result = _apply(screen, source, cut)

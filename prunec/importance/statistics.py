@@ -36,6 +36,13 @@ class Collector(Protocol):
             VerifyError: NaN or Inf in a token that counts; names the site and the batch.
         """
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the same collectors of other processes have seen.
+
+        Args:
+            total: the sum of a tensor over all processes.
+        """
+
     def finish(self) -> Tensor:
         """The statistic, fp64.
 
@@ -69,6 +76,12 @@ class _Collector:
 
     def add(self, x: Tensor, weight: Tensor | None) -> None:
         raise NotImplementedError
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        self.tokens = float(total(torch.tensor([self.tokens], dtype=torch.float64)))
+
+    def _summed(self, sums: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return None if sums is None else total(sums)
 
     def check(self, sums: Tensor) -> None:
         """Raise where a batch left NaN or Inf in `sums`, in which every column takes part."""
@@ -114,6 +127,10 @@ class InputGram(_Collector):
             self._total[first : first + _STRIP_COLUMNS, first:] += strip.T @ x[:, first:]
         self.check(self._total.diagonal())
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        super().merge(total)
+        self._total = self._summed(self._total, total)
+
     def finish(self) -> Tensor:
         gram = self.per_token(self._total)
         self._total = None
@@ -133,6 +150,10 @@ class InputMean(_Collector):
         self._total = total if self._total is None else self._total + total
         self.check(self._total)
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        super().merge(total)
+        self._total = self._summed(self._total, total)
+
     def finish(self) -> Tensor:
         return self.per_token(self._total)
 
@@ -149,6 +170,10 @@ class InputSquare(_Collector):
         total = squares.sum(dim=0) if weight is None else weight @ squares
         self._total = total if self._total is None else self._total + total
         self.check(self._total)
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        super().merge(total)
+        self._total = self._summed(self._total, total)
 
     def finish(self) -> Tensor:
         return self.per_token(self._total)
@@ -179,6 +204,13 @@ class InputVariance(_Collector):
             self._squares += squares + step.square() * (self._seen * here / total)
         self._seen += here
         self.check(self._squares)
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        super().merge(total)
+        if self._mean is not None and self._squares is not None:
+            mean = total(self._mean * self._seen) / self.tokens
+            self._squares = total(self._squares + (self._mean - mean).square() * self._seen)
+            self._mean = mean
 
     def finish(self) -> Tensor:
         return self.per_token(self._squares)

@@ -77,6 +77,14 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
     placement = read_json(index).get("weight_map")
     if not isinstance(placement, dict) or not placement:
         raise ModelError(f"{INDEX} has no weight_map", where=str(index))
+    for name in placement.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+            raise ModelError(
+                f"{INDEX} names a file that is not one of its directory: {str(name)[:80]!r}",
+                where=str(index),
+                so="a checkpoint must not reach for other files",
+                fix="take the checkpoint from a source that you trust",
+            )
     shards = tuple(directory / name for name in sorted(set(placement.values())))
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:

@@ -175,7 +175,25 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
         )
     if not isinstance(config, PreTrainedConfig):
         raise ModelError(f"{path.name} is not a model's config", where=str(path))
+    _refuse_quantised(config, path)
     return config
+
+
+def _refuse_quantised(config: PreTrainedConfig, path: Path) -> None:
+    """Packed weights have no columns that could be cut; transformers would run them as they are."""
+    settings: Any = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    values = settings if isinstance(settings, dict) else vars(settings)
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    if method == "bitsandbytes":
+        method += " 4-bit" if values.get("load_in_4bit") else " 8-bit"
+    raise ModelError(
+        f"the checkpoint's weights are quantised ({method}), which prunec does not cut",
+        where=str(path),
+        fix="prune the checkpoint that it was made from and quantise the result; or dequantise it:"
+        " load it with transformers, call model.dequantize() and save_pretrained",
+    )
 
 
 def open_tokenizer_in(directory: Path, *, trust_remote_code: bool) -> Any | None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,8 +126,13 @@ class _Filed(Mapping[str, Tensor]):
 
 def temporary_journal() -> Journal:
     """One in a private directory that goes with it: for tensors that memory has no room for."""
-    owner = tempfile.TemporaryDirectory(prefix="prunec-")
-    return Journal(Path(owner.name), owner)
+    folder, owner = tempfile.mkdtemp(prefix="prunec-"), _Owner()
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return Journal(Path(folder), owner)
+
+
+class _Owner:
+    """Lives as long as something may still be read from a temporary journal."""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from prunec.graph.interpreter import Reader, Stream
 from prunec.graph.selection import Selection
 from prunec.importance.statistics import Collector, collector, producer_statistics, statistic_of
+from prunec.passes.distributed import processes
 from prunec.passes.regression import Moments, Regression
 from prunec.passes.sites import Site
 
@@ -86,7 +87,10 @@ class Measurement:
         """
         self._run_to(site)
         collectors = self._collectors.pop(site.name)
-        finished = {statistic: statistic.finish() for statistic in set(collectors.values())}
+        different = dict.fromkeys(collectors.values())  # in one order in every process
+        for statistic in different:
+            statistic.merge(processes().total)
+        finished = {statistic: statistic.finish() for statistic in different}
         taken = {key: finished[statistic] for key, statistic in collectors.items()}
         if site.name in self._moments:
             taken |= self._moments.pop(site.name).statistics()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from prunec.importance.problem import SiteProblem
 from prunec.passes.budget import Budget
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
 from prunec.passes.compensation import Compensation
+from prunec.passes.distributed import processes
 from prunec.passes.measure import Measured, Measurement, Statistics
 from prunec.passes.scores import Scores
 from prunec.passes.sites import Site, site_problem
@@ -231,18 +232,34 @@ class _Worker:
             self._budget.skip(site)
             self._report(site, problem, wanted, Decision(0, self._budget.spent))
             return
-        decision = self._journal.recall(len(self.reports)) if self._journal else None
-        if decision is None:
-            decision = self._decide(site, problem, measurement.take(site))
-        else:
-            measurement.pass_by(site)
-            self._budget.restore(decision.spent)
+        decision = self._decision(site, problem, measurement)
+        self._budget.restore(decision.spent)
         if decision.updated:
             selection = self._selection(decision.kept)
             self._weights.select(selection, decision.updated)
             measurement.select(selection)
             release_freed()
         self._report(site, problem, wanted, decision)
+
+    def _decision(self, site: Site, problem: SiteProblem, measurement: Measured) -> Decision:
+        """From the journal, or made now by the first process for all."""
+        number, together = len(self.reports), processes()
+        recalled = together.agreed(lambda: self._recalled(number, loaded=together.size > 1))
+        if recalled is not None:
+            measurement.pass_by(site)
+            return recalled
+        measured = measurement.take(site)
+        decision = together.agreed(lambda: self._decide(site, problem, measured))
+        if self._journal is None:
+            return decision
+        self._journal.record(number, decision)
+        return (self._recalled(number) if self._weights.stored else None) or decision
+
+    def _recalled(self, number: int, *, loaded: bool = False) -> Decision | None:
+        decision = self._journal.recall(number) if self._journal else None
+        if decision is None or not loaded:
+            return decision
+        return replace(decision, updated=dict(decision.updated))
 
     def _decide(self, site: Site, problem: SiteProblem, measured: Statistics) -> Decision:
         statistics = {**self._prior, **measured}
@@ -255,12 +272,7 @@ class _Worker:
         error = None if energy is None else loss / energy if energy > 0 else 0.0
         updated = self._mend(site, problem, statistics, kept) if steps else {}
         points = _points(curve, energy) if energy else ()
-        decision = Decision(removed, self._budget.spent, error, kept, updated, points)
-        if self._journal is None:
-            return decision
-        self._journal.record(len(self.reports), decision)
-        recalled = self._journal.recall(len(self.reports)) if self._weights.stored else None
-        return recalled or decision
+        return Decision(removed, self._budget.spent, error, kept, updated, points)
 
     def _curve(self, site: Site, problem: SiteProblem, statistics: Statistics) -> RemovalCurve:
         # Where the order depends on how much goes, the saved statistics rank again.

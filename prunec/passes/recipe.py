@@ -173,7 +173,11 @@ def load_recipe(name: str) -> Recipe:
         path = Path(name)
         if not path.is_file():
             raise PlanError(f"no such recipe file: {name}")
-        return Recipe.from_dict(_parse(path.read_text(encoding="utf-8"), name), where=name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"the recipe cannot be read: {error}", where=name) from error
+        return Recipe.from_dict(_parse(text, name), where=name)
     if name not in recipe_names():
         raise PlanError(f"no recipe named {name!r}", fix=_nearest(name, recipe_names()))
     text = (files("prunec.passes") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from prunec.graph.interpreter import Reader, Stream
 from prunec.graph.program import source_line
 from prunec.graph.propagate import Layout
 from prunec.importance.statistics import InputGram
+from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
 
 Target = Literal["own", "dense", "residual"]
@@ -90,6 +91,11 @@ class Moments:
         self._rows = next(iter(stream.program.example.values())).shape[0]
         self._fit = InputGram(site.name)
         self._held = InputGram(site.name) if regression.holdout else None
+        if regression.holdout and processes().size > 1:
+            raise PlanError(
+                "windows are held out in one process only",
+                fix="set compensation.holdout to 0, or run without torchrun",
+            )
         held = int(stream.batches * self._rows * regression.holdout)
         if regression.holdout and not held:
             raise PlanError(
@@ -127,6 +133,9 @@ class Moments:
         Raises:
             VerifyError: no token counted.
         """
+        for gram in (self._fit, self._held):
+            if gram is not None:
+                gram.merge(processes().total)
         found = {"fit_gram": self._fit.finish()}
         return found if self._held is None else {**found, "held_gram": self._held.finish()}
 

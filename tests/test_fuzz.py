@@ -1,0 +1,183 @@
+"""Whatever a file holds: a result, or one of our errors; never a crash, never a file elsewhere."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_out_of_core import module, vectors
+from tiny_model import write_tiny_llama
+
+from prunec.errors import PrunecError
+from prunec.graph.coupling import couple
+from prunec.graph.trace import trace
+from prunec.models import open_model
+from prunec.models.checkpoint import check_weights, safetensors_names
+from prunec.models.quiet import quiet
+from prunec.passes.checkpoint import Decision, Journal, opened_journal
+from prunec.passes.plan import Plan
+from prunec.passes.recipe import load_recipe, recipe_names
+
+OTHERS = [None, True, 0, -1, 2**70, 1.5, float("nan"), "", "../../x", "/etc/passwd", [], {}, [[]]]
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Bytes flipped, lost, repeated, cut off, or a value of JSON replaced by another kind."""
+    kind = draw.randrange(5)
+    if kind == 0 and (changed := _another_value(content, draw)) is not None:
+        return changed
+    data = bytearray(content)
+    at = draw.randrange(len(data))
+    upto = min(len(data), at + draw.choice([1, 2, 8, 64]))
+    if kind <= 1:
+        data[at] ^= 1 << draw.randrange(8)
+    elif kind == 2:
+        del data[at:upto]
+    elif kind == 3:
+        data[at:at] = data[at:upto]
+    else:
+        del data[at:]
+    return bytes(data)
+
+
+def _another_value(content: bytes, draw: random.Random) -> bytes | None:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in items:
+            places.append((node, key))
+            if isinstance(child, dict | list):
+                walk(child)
+
+    if isinstance(value, dict | list):
+        walk(value)
+    if not places:
+        return None
+    node, key = draw.choice(places)
+    node[key] = draw.choice(OTHERS)
+    return json.dumps(value).encode()
+
+
+@contextmanager
+def nothing_outside(folder: Path) -> Iterator[None]:
+    before = {path for path in folder.parent.rglob("*") if folder not in path.parents}
+    yield
+    assert {path for path in folder.parent.rglob("*") if folder not in path.parents} == before
+
+
+def attack(file: Path, read: Callable[[], object], count: int, seed: int = 0) -> None:
+    """Read a file mutated `count` times; each read may fail in our way only."""
+    content, draw, refused = file.read_bytes(), random.Random(seed), 0
+    with nothing_outside(file.parent):
+        for number in range(count):
+            bad = mutated(content, draw)
+            file.write_bytes(bad)
+            try:
+                read()
+            except PrunecError:
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"mutation {number} of {file.name}: {bad[:400]!r}") from error
+    file.write_bytes(content)
+    assert refused
+
+
+# Reader -> (mutations in the suite, in `make slow`); those of the latter are 10,000 and more.
+COUNTS = {
+    "header": (60, 4000),
+    "index": (60, 2000),
+    "plan": (60, 2000),
+    "recipe": (40, 1500),
+    "progress": (20, 500),
+    "config": (15, 300),
+}
+
+
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reader", COUNTS)
+def test_no_mutation_crashes_a_reader(reader: str, long: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "input"
+    folder.mkdir()
+    attack(*READERS[reader](folder), COUNTS[reader][long], seed=int(long))
+
+
+Case = tuple[Path, Callable[[], object]]
+
+
+def _header(folder: Path) -> Case:
+    with quiet():
+        write_tiny_llama(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:6000])  # mostly header: that is what is attacked
+    return file, lambda: safetensors_names(file)
+
+
+def _index(folder: Path) -> Case:
+    with quiet():
+        write_tiny_llama(folder, max_shard_size="20KB")
+    return folder / "model.safetensors.index.json", lambda: check_weights(folder)
+
+
+def _plan(folder: Path) -> Case:
+    coupling = couple(trace(module(), vectors()[0]))
+    plan = folder / "plan.json"
+    from prunec.graph.selection import Selection
+
+    plan.write_text(json.dumps(Plan.of(coupling, Selection()).to_json()))
+
+    def read() -> None:
+        try:
+            data = json.loads(plan.read_text(encoding="utf-8"))
+        except ValueError:
+            raise PrunecError("not JSON") from None  # as the command line says it
+        Plan.from_json(data).selection(coupling)
+
+    return plan, read
+
+
+def _recipe(folder: Path) -> Case:
+    file = folder / "mine.yaml"
+    file.write_text(load_recipe(recipe_names()[0]).to_yaml())
+
+    def read() -> None:
+        recipe = load_recipe(str(file))
+        for part in ("importance", "allocation", "compensation"):
+            getattr(recipe, part).build(part)
+
+    return file, read
+
+
+def _progress(folder: Path) -> Case:
+    with opened_journal(folder, {}, resume=False) as journal:
+        assert journal is not None
+        journal.record(0, Decision(3, (0.0, 3.0), 0.1, {}, {"weight": torch.ones(3)}))
+    (file,) = folder.glob("0000-*")
+    return file, lambda: Journal(folder).recall(0)
+
+
+def _config(folder: Path) -> Case:
+    with quiet():
+        write_tiny_llama(folder)
+    file = folder / "config.json"
+    return file, lambda: open_model(str(folder), weights="meta")
+
+
+READERS: dict[str, Callable[[Path], Case]] = {
+    "header": _header,
+    "index": _index,
+    "plan": _plan,
+    "recipe": _recipe,
+    "progress": _progress,
+    "config": _config,
+}
