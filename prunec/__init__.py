@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prunec import errors
 
 if TYPE_CHECKING:
-    from prunec.api import Result, apply_plan, couple, export, load, prune, register, trace
+    from prunec.api import Result, apply_plan, check, couple, export, load, prune, register, trace
     from prunec.graph.coupling import CouplingGraph
     from prunec.graph.program import Program
     from prunec.passes.plan import Plan
@@ -22,6 +22,7 @@ __all__ = [
     "Program",
     "Result",
     "apply_plan",
+    "check",
     "couple",
     "errors",
     "export",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import prunec
 from prunec.calibration import Calibration
+from prunec.codegen.check import check
 from prunec.codegen.exporters.exporter import export
 from prunec.codegen.hf import save
+from prunec.codegen.hub import push
 from prunec.codegen.load import load, register
 from prunec.codegen.shrink import Shrunk, shrink
 from prunec.errors import ExportError, PlanError
@@ -60,6 +63,7 @@ __all__ = [
     "Result",
     "Scored",
     "apply_plan",
+    "check",
     "couple",
     "export",
     "load",
@@ -151,6 +155,7 @@ class Result:
         base_model: str | None = None,
         metrics: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        max_shard_size: str = "5GB",
         progress: Progress = silent,
     ) -> None:
         """Write a directory that ``from_pretrained`` opens without prunec.
@@ -181,8 +186,27 @@ class Result:
             tokenizer=tokenizer,
             metadata=metadata,
             overwrite=overwrite,
+            max_shard_size=max_shard_size,
             progress=progress,
         )
+
+    def push_to_hub(
+        self, repo: str, *, private: bool = False, token: str | None = None, **options: Any
+    ) -> str:
+        """Write the directory as `save` does, upload it to the Hugging Face Hub; its address.
+
+        Args:
+            repo: such as "someone/smaller"; created if absent.
+            token: None for that of `hf auth login`.
+            options: as `save` takes them.
+
+        Raises:
+            ExportError: the Hub does not take it.
+        """
+        with tempfile.TemporaryDirectory(prefix="prunec-hub-") as folder:
+            directory = Path(folder) / "model"
+            self.save(directory, **options)
+            return push(directory, repo, private=private, token=token)
 
 
 def prune(

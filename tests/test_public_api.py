@@ -15,6 +15,7 @@ def test_the_public_names_are_these() -> None:
         "Program",
         "Result",
         "apply_plan",
+        "check",
         "couple",
         "errors",
         "export",

@@ -49,7 +49,7 @@ def test_the_built_ins_are_declared() -> None:
     ]
     assert {"log-increase", "uniform"} <= set(registry.names("allocation"))
     assert registry.names("compensation") == ["bias", "least-squares", "none", "obs", "scale-bias"]
-    assert registry.names("exporters") == ["deci", "gguf", "onnx", "padded", "pt2"]
+    assert registry.names("exporters") == ["deci", "gguf", "onnx", "padded", "pt2", "python"]
 
 
 @pytest.mark.parametrize("group", registry.GROUPS)

@@ -11,7 +11,18 @@ import typer
 from typer.core import TyperGroup
 
 import prunec
-from prunec.cli import analyze, compare, demo, evaluate, export, prune, recipes, recover, trace
+from prunec.cli import (
+    analyze,
+    check,
+    compare,
+    demo,
+    evaluate,
+    export,
+    prune,
+    recipes,
+    recover,
+    trace,
+)
 from prunec.errors import PrunecError
 
 FAILED, INTERRUPTED = 2, 130
@@ -58,6 +69,7 @@ app.command("trace")(trace.trace)
 app.command("analyze")(analyze.analyze)
 app.command("prune")(prune.prune)
 app.command("export")(export.export)
+app.command("check")(check.check)
 app.command("recover")(recover.recover)
 app.command("report")(compare.report)
 app.command("compare")(compare.compare)

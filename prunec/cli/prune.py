@@ -102,6 +102,10 @@ def prune(
             "target then reads no data. One-shot: see docs/criteria.md.",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload OUT to the Hugging Face Hub, as someone/name."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each site would give; prune nothing.")
     ] = False,
@@ -206,8 +210,18 @@ def prune(
         if mended is not None:
             show(screen, mended)
             record["recovery"] = mended.to_json()
+    if push_to_hub and out and not dry_run:
+        _push(out, push_to_hub, screen)
     screen.timings()
     screen.write_json({**record, "plan": result.plan.to_json()})
+
+
+def _push(out: Path, repo: str, screen: Screen) -> None:
+    from prunec.codegen.hub import push
+
+    with screen.task(f"upload to {repo}"):
+        address = push(out, repo)
+    screen.message(f"Uploaded to {address}")
 
 
 def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> Outline:

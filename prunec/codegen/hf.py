@@ -22,6 +22,7 @@ from prunec.codegen.streamed import at_hand, is_streamed
 from prunec.codegen.twin import stock_class
 from prunec.errors import ExportError, VerifyError
 from prunec.events import Progress, silent
+from prunec.models.digest import file_digest
 from prunec.models.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -156,9 +157,11 @@ def _write_metadata(shrunk: Shrunk, folder: Path, metadata: Mapping[str, Any]) -
         "checks": list(shrunk.checks),
         "trials": shrunk.trials,
     }
-    _dump(folder / "prunec.json", record)
     auto = auto_classes(shrunk.model)[0]
     (folder / "README.md").write_text(model_card(shrunk, metadata, auto), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    record["sha256"] = {str(path.relative_to(folder)): file_digest(path) for path in files}
+    _dump(folder / "prunec.json", record)
 
 
 def _dump(path: Path, data: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -285,3 +288,54 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(record["files"]) == ["model.gguf"]
     assert record["finding"]["state"] == "engine absent"
     assert "rows are no whole blocks" in record["notes"][-1]
+
+
+STRANGER = """
+import importlib.util, json, sys
+import torch
+
+for name in ("prunec", "transformers", "safetensors"):
+    sys.modules[name] = None
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("model", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+model = module.load()
+ids = torch.arange(24).reshape(2, 12)
+print(json.dumps(model(input_ids=ids, attention_mask=torch.ones_like(ids)).tolist()))
+"""
+
+
+def test_python_is_readable_and_needs_torch_alone(folder: Path, tmp_path: Path) -> None:
+    done = prunec.export(folder / "llama", "python", tmp_path / "module")
+    assert done.finding.state == "measured"
+    assert sorted(done.files) == ["model.py", "model.safetensors"]
+    text = (tmp_path / "module" / "model.py").read_text()
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imported == {"json", "mmap", "pathlib", "torch"}
+    assert text.count("class LlamaDecoderLayer") == text.count("class LlamaMLP") == 1
+    assert "for layer in self.layers:" in text
+    assert "intermediate_size=29" in text
+    assert max(map(len, text.splitlines())) <= 120
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", STRANGER, tmp_path / "module" / "model.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    model = load(folder / "llama").eval()
+    with torch.no_grad():
+        wanted = model(torch.arange(24).reshape(2, 12)).logits
+    assert torch.allclose(torch.tensor(json.loads(run.stdout)), wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert", "vit", "gpt_neox", "gemma2", "phi3"])
+def test_python_of_other_architectures(tmp_path: Path, name: str) -> None:
+    written(name, tmp_path / name)
+    done = prunec.export(tmp_path / name, "python", tmp_path / "module")
+    assert done.finding.state == "measured"

@@ -18,6 +18,7 @@ from prunec.codegen.exporters.traced import Traced, trace_dynamic
 from prunec.codegen.load import load
 from prunec.errors import ModelError
 from prunec.models import example_inputs
+from prunec.models.pretrained import OPENING_ERRORS
 
 T = TypeVar("T")
 
@@ -61,7 +62,11 @@ class ModelDirectory:
     @cached_property
     def model(self) -> nn.Module:
         """The model, in eval mode, with the type of its checkpoint."""
-        model: nn.Module = load(self.path).requires_grad_(False)
+        try:
+            model: nn.Module = load(self.path).requires_grad_(False)
+        except OPENING_ERRORS as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"it does not open: {reason}", where=str(self.path)) from error
         align(model)  # as the engine's process does: its addresses decide the last bits
         return model
 
