@@ -35,7 +35,13 @@ class Metric:
     how: str = ""
 
     def retention(self, base: Metric) -> float | None:
-        """What is kept of the base's quality, 1 for all of it; None where that says nothing."""
+        """The part of the base's figure, 1 for all of it; None where that says nothing.
+
+        Quality is the better way up: twice the perplexity is half. A cost (parameters, bytes,
+        milliseconds) is the part that is left.
+        """
+        if self.unit in ("count", "bytes", "ms"):
+            return self.value / base.value if base.value > 0 else None
         good, bad = (self, base) if self.higher_is_better else (base, self)
         return good.value / bad.value if bad.value > 0 and self.unit != "nats" else None
 
@@ -77,7 +83,7 @@ class Comparison:
     def notes(self) -> list[str]:
         """How the figures were taken, a line a protocol."""
         lines = {m.how: None for e in self.evaluations for m in e.metrics if m.how}
-        kept = "kept: the part of the first model's figure, the better way up"
+        kept = "kept: per cent of the first model's figure; of a perplexity, the inverse"
         return [*lines, *([kept] if len(self.evaluations) > 1 else [])]
 
     def to_markdown(self) -> str:

@@ -22,6 +22,7 @@ from prunec.models.example import example_inputs
 from prunec.models.generation import generates, plain_generation
 
 _SAMPLE_S = 0.001
+_PROMPT = 512
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ def measure(
     model: nn.Module,
     *,
     batch: int = 1,
-    prompt: int = 512,
+    prompt: int | None = None,
     new_tokens: int = 32,
     repeats: int = 3,
 ) -> Speed:
     """Latency of greedy generation from random tokens, and peak memory, in this process.
+
+    `prompt` is 512 by default, or as much as the model reads beside the new tokens.
 
     Memory on the CPU: the bytes of the parameters, and the growth of the process's resident
     memory during one run of its own, sampled every millisecond after freed memory went back to
@@ -62,6 +65,9 @@ def measure(
     Raises:
         PlanError: sizes that cannot be measured, or more tokens than the model reads.
     """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if prompt is None:
+        prompt = min(_PROMPT, limit - new_tokens) if limit else _PROMPT
     _check(model, batch, prompt, new_tokens, repeats)
     run = _generation(model, batch, prompt, new_tokens) if generates(model) else _forward(model)
     with torch.inference_mode():

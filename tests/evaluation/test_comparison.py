@@ -15,6 +15,9 @@ def test_retention_is_the_better_way_up() -> None:
     )
     assert worse.retention(base) == pytest.approx(0.8)
     assert Metric("a", 0.6).retention(Metric("a", 0.8)) == pytest.approx(0.75)
+    assert Metric("t", 15.0, unit="ms").retention(Metric("t", 30.0, unit="ms")) == pytest.approx(
+        0.5
+    )
     assert Metric("kl", 0.6, unit="nats").retention(Metric("kl", 0.1, unit="nats")) is None
 
 

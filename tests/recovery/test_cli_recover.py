@@ -105,7 +105,7 @@ def test_bad_input_is_one_message(folder: Path) -> None:
     ):
         said = run(*arguments, code=2).stderr
         assert "error: " in said
-        assert reason in said
+        assert reason in said, said
     assert {path.name for path in folder.iterdir()} == before
 
 
@@ -161,6 +161,7 @@ def test_no_text_overlaps_on_a_phone_or_a_desk(folder: Path, name: str, width: i
     inner.write_text(page.replace("</body>", DRIVER + "</body>"))
     seen = _seen(folder, inner, width)
     assert seen["texts"] > 40
+    assert seen["width"] == width
     assert seen["requests"] == []
     assert seen["overlaps"] == []
     assert seen["wide"] <= seen["width"]

@@ -220,10 +220,10 @@ def _curves(cases: Sequence[Case]) -> str:
     charts = []
     for case in cases:
         sites = [site for site in case.report.get("sites", []) if site.get("curve")]
-        step = max(1, len(sites) // 6)
+        chosen = dict.fromkeys(round(i * (len(sites) - 1) / 4) for i in range(5) if sites)
         series = {
             site["site"]: [(100 * n / site["parameters"], 100 * loss) for n, loss in site["curve"]]
-            for site in sites[::step][:6]
+            for site in map(sites.__getitem__, chosen)
         }
         prefix = f"{case.name}: " if len(cases) > 1 else ""
         charts.append(

@@ -46,7 +46,9 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
     )
 
 
-def lines(title: str, series: Series, *, x: str, y: str, colours: Sequence[str] = COLOURS) -> str:
+def lines(
+    title: str, series: Series, *, x: str, y: str, colours: Sequence[str] = COLOURS[1:]
+) -> str:
     """Lines over a common pair of axes, whose ends are named; nothing where there is no point."""
     known = {
         name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()
