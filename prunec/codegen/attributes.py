@@ -101,9 +101,17 @@ def numbers(module: nn.Module) -> dict[str, Number]:
     if config is not None and not hasattr(module, "base_model_prefix"):
         fields = vars(getattr(config, "_config", config))
         for name in fields:
-            if not name.startswith("_") and _is_number(value := getattr(config, name, None)):
+            if not name.startswith("_") and _is_number(value := config_field(config, name)):
                 found[CONFIG + name] = value
     return found
+
+
+def config_field(config: Any, name: str) -> Any:
+    """A field as its owner reads it; None if there is none, or if each layer has its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers, of a config whose layers differ by themselves
+        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunec.codegen.attributes import Candidate, Values, candidate, sizes_seen
+from prunec.codegen.attributes import Candidate, Values, candidate, config_field, sizes_seen
 from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
 from prunec.codegen.modeling_prunec import Skipped
 from prunec.codegen.perturb import build, meta_model, numbers_of
@@ -70,7 +70,7 @@ def config_fields(
         uniform, reason = _uniform_fields(model, small, sliced, example, guess)
     if path:
         layers = _with_cache_geometry(small, path, layers, base, example)
-    was = {name: getattr(model.config, name) for row in layers.values() for name in row}
+    was = {name: config_field(model.config, name) for row in layers.values() for name in row}
     return ConfigFields(uniform, reason, layers, base, whole, was)
 
 
@@ -101,9 +101,9 @@ def _uneven(model: nn.Module, small: nn.Module) -> str | None:
 def _explicit_head_dim(config: Any) -> Iterator[dict[str, int]]:
     """No field more; then the head_dim that the class otherwise works out from the head count."""
     yield {}
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
-    if heads and hidden and not getattr(config, "head_dim", None):
+    heads = config_field(config, "num_attention_heads")
+    hidden = config_field(config, "hidden_size")
+    if heads and hidden and not config_field(config, "head_dim"):
         yield {"head_dim": hidden // heads}
 
 
@@ -320,15 +320,15 @@ def _with_cache_geometry(
     counting = {getattr(m, "layer_idx", None) for m in small.modules() if isinstance(m, Skipped)}
     if len(shapes) != len(small.get_submodule(path)):
         return layers
-    grouped = getattr(config, "num_key_value_heads", None) is not None
+    grouped = config_field(config, "num_key_value_heads") is not None
     name = "num_key_value_heads" if grouped else "num_attention_heads"
-    head_dim = getattr(config, "head_dim", None)
+    head_dim = config_field(config, "head_dim")
     found, own = {index: dict(row) for index, row in layers.items()}, overrides(config)
     for index, (heads, size) in enumerate(shapes):
         if index in counting:
             continue
         row = {**own.get(index, {}), **found.get(index, {})}
-        said = row.get(name, getattr(config, name, None))
+        said = row.get(name, config_field(config, name))
         if said != heads:
             found.setdefault(index, {})[name] = heads
             if not head_dim:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from prunec.codegen import modeling_prunec
+from prunec.codegen.attributes import config_field
 from prunec.codegen.fields import ConfigFields, overrides, shapes_of
 from prunec.codegen.modeling_prunec import Pruned, Skipped
 from prunec.codegen.perturb import meta_model
@@ -70,7 +71,7 @@ def _say_layers(config: Any, fields: ConfigFields) -> None:
     earlier, rows = overrides(config), {}
     for index in sorted(earlier.keys() | fields.layers.keys()):
         said = {**earlier.get(index, {}), **fields.layers.get(index, {})}
-        row = {name: value for name, value in said.items() if getattr(config, name, None) != value}
+        row = {name: value for name, value in said.items() if config_field(config, name) != value}
         if row:
             rows[str(index)] = row
     key = {"per_layer_config": rows, "allow_global_per_layer_attribute_access": True}

@@ -211,6 +211,26 @@ def _group_norm(call: _Reduction) -> Tensor:
     )
 
 
+def _batch_norm(call: _Reduction) -> Any:
+    """With the data's own statistics: over every axis but the channels (and one of the batch)."""
+    name = call.node.target._schema.name  # type: ignore[union-attr]
+    given = call.arguments
+    if not (given.get("training") or given.get("use_input_stats")):
+        return call.filled(0.0)
+    value, mask = call.operand("input")
+    if not name.endswith(("::batch_norm", "::instance_norm")):
+        raise call.unknown()
+    axes = [axis for axis in range(value.ndim) if axis > 1 or (axis == 0 and "batch" in name)]
+    mean, variance = _moments(value, mask, axes, 0)
+    column = [1, value.shape[1], *[1] * (value.ndim - 2)]
+    weight, bias = given.get("weight"), given.get("bias")
+    return _affine(
+        (value - mean) * (variance + given["eps"]).rsqrt(),
+        None if weight is None else weight.view(column),
+        None if bias is None else bias.view(column),
+    )
+
+
 def _topk(call: _Reduction) -> Any:
     """Only kept candidates compete, so that ties fall as they do among fewer."""
     value, mask = call.operand("self")
@@ -308,6 +328,9 @@ _HANDLERS: dict[str, Callable[[_Reduction], Any]] = {
         ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _layer_norm
     ),
     "group_norm": _group_norm,
+    **dict.fromkeys(
+        ("batch_norm", "native_batch_norm", "cudnn_batch_norm", "instance_norm"), _batch_norm
+    ),
     **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), _grouped_product),
     "topk": _topk,
     "scaled_dot_product_attention": _attention,

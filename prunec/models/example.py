@@ -86,8 +86,14 @@ def _pixels(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor
 
 
 def _features(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    if per_frame := getattr(config, "input_feat_per_channel", None):
-        return torch.randn(_BATCH, 64, per_frame, generator=generator)
+    places = [config, getattr(config, "encoder_config", None)]
+    per_frame = _first(
+        places, "input_feat_per_channel", "feature_projection_input_dim", default=None
+    )
+    if per_frame is None and not hasattr(config, "max_source_positions"):
+        per_frame = _first(places, "num_mel_bins", default=80)
+    if per_frame is not None:
+        return torch.randn(_BATCH, 64, int(per_frame), generator=generator)
     # A spectrogram of fixed length, which two convolutions halve to the encoder's positions.
     frames = 2 * int(config.max_source_positions)
     return torch.randn(_BATCH, int(config.num_mel_bins), frames, generator=generator)
@@ -96,6 +102,8 @@ def _features(model: nn.Module, config: Any, generator: torch.Generator) -> Tens
 def _values(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
     if strides := getattr(config, "conv_stride", None):
         return torch.randn(_BATCH, 20 * prod(strides), generator=generator)
+    if getattr(config, "num_mel_bins", None) is None:  # the wave itself
+        return torch.randn(_BATCH, 4000, generator=generator)
     return torch.randn(
         _BATCH, int(config.max_length), int(config.num_mel_bins), generator=generator
     )

@@ -169,7 +169,7 @@ def _work(step: Step, name: str, sources: str) -> None:
     try:
         record["config"] = configs.digest(name)
         model = configs.build(name)
-        inputs = configs.example(model)
+        inputs = configs.inputs_of(name, model)
     except Exception as error:  # noqa: BLE001 - what transformers cannot build is a finding
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         _write(step.file(name), {**record, "status": "unbuilt", "reason": reason})

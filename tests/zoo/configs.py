@@ -9,6 +9,7 @@ another by its length. What this cannot build is patched in `OVERRIDES`, by type
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -159,6 +160,30 @@ FAMILIES = {
         "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     ),
     "vlm": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",),
+    "image": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",),
+}
+# of the larger families, these: "vlm" is given text alone, so that its vision tower is kept whole,
+# "image" text and an image
+CHOSEN = {
+    "vision": (
+        *("beit", "bit", "clip", "conditional_detr", "convnext", "convnextv2", "data2vec-vision"),
+        *("deit", "detr", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit"),
+        *("donut-swin", "efficientnet", "focalnet", "hgnet_v2", "hiera", "ijepa", "levit"),
+        *("maskformer-swin", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2"),
+        *("poolformer", "pp_lcnet", "pvt", "pvt_v2", "regnet", "resnet", "segformer", "siglip"),
+        *("swiftformer", "swin", "swinv2", "table-transformer", "vit", "vit_msn", "vitdet"),
+        "yolos",
+    ),
+    "audio": (
+        *("audio-spectrogram-transformer", "data2vec-audio", "hubert", "moonshine"),
+        *("parakeet_ctc", "sew", "sew-d", "speech_to_text", "unispeech", "unispeech-sat"),
+        *("wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "wavlm", "whisper"),
+    ),
+    "vlm": (
+        *("aya_vision", "gemma3", "idefics3", "internvl", "llava", "mistral3", "paligemma"),
+        *("qwen2_5_vl", "qwen2_vl", "smolvlm", "vipllava"),
+    ),
+    "image": ("aya_vision", "gemma3", "internvl", "llava", "paligemma", "vipllava"),
 }
 
 
@@ -166,7 +191,8 @@ def all_types(family: str = "causal") -> list[str]:
     """The zoo's names of one family, or of all."""
     if family == "all":
         return [name for known in FAMILIES for name in all_types(known)]
-    return [name if family == "causal" else f"{family}/{name}" for name in _classes(family)]
+    names = CHOSEN.get(family, _classes(family))
+    return [name if family == "causal" else f"{family}/{name}" for name in names]
 
 
 def _classes(family: str) -> dict[str, Any]:
@@ -196,14 +222,25 @@ def _model_class(name: str) -> Any:
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 
-def example(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs of tiny, unusual sizes: tokens, or what `example_inputs` makes for other models."""
+def inputs_of(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Inputs of tiny, unusual sizes for the model of this name."""
+    return example(model, image=name.startswith("image/"))
+
+
+def example(model: nn.Module, *, image: bool = False) -> dict[str, Tensor]:
+    """Inputs of tiny, unusual sizes: tokens, or what `example_inputs` makes for other models.
+
+    Args:
+        image: pixels beside the tokens, some of which stand for them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> Tensor:
         return torch.randint(5, VOCABULARY - 1, (BATCH, length), generator=generator)
 
     config: Any = model.config
+    if image:
+        return _with_image(model, tokens)
     if getattr(model, "main_input_name", "") != "input_ids":
         return example_inputs(model)
     if config.is_encoder_decoder and "decoder_input_ids" in signature(model.forward).parameters:
@@ -211,12 +248,31 @@ def example(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": tokens(LENGTH)}
 
 
+def _with_image(model: nn.Module, tokens: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    """One image a row, and as many of its marks as the model turns it into features."""
+    config: Any = model.config
+    marker = getattr(config, "image_token_id", None) or config.image_token_index
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(BATCH, 3, height, width, generator=torch.Generator().manual_seed(0))
+    for count in range(1, 65):
+        ids = tokens(count + 6)
+        ids[:, 1 : count + 1] = marker
+        inputs = {"input_ids": ids, "pixel_values": pixels}
+        try:
+            model(**inputs)
+        except (ValueError, RuntimeError):  # as it refuses another number of marks
+            continue
+        return inputs
+    raise ValueError("no number of image tokens fits")
+
+
 def tiny_config(name: str) -> PreTrainedConfig:
     """The configuration of this name with every known size made small."""
     model_type = name.rpartition("/")[-1]
     kind = _model_class(name).config_class or CONFIG_MAPPING[model_type]
-    overrides = OVERRIDES.get(model_type, {})
-    config = kind(**{**_tiny_arguments(kind(), overrides), **overrides})
+    overrides = OVERRIDES.get(model_type, {})  # of a sub-configuration: a dict by its name
+    config = kind(**_tiny_arguments(kind(), overrides))
     config.use_cache = False
     return config
 
@@ -229,10 +285,10 @@ def _tiny_arguments(default: PreTrainedConfig, overrides: dict[str, Any]) -> dic
     depth = max([2, *(count for count in kinds if count <= _MOST_KINDS)])
     depth = overrides.get("num_hidden_layers", depth)
     for name, value in attributes.items():
-        if name in overrides:
-            continue
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = _tiny_arguments(value, {})
+            arguments[name] = _tiny_arguments(value, overrides.get(name) or {})
+        elif name in overrides:
+            continue
         elif name in layers and name in SIZES:
             arguments[name] = [SIZES[name]] * depth
         elif name in layers and len(set(value)) > _MOST_KINDS:
@@ -246,10 +302,11 @@ def _tiny_arguments(default: PreTrainedConfig, overrides: dict[str, Any]) -> dic
             arguments[name] = SIZES[name.removeprefix("swa_")]
         elif name in _REQUIRED and value is None:
             arguments[name] = SIZES[name]
-        elif name.endswith("_token_id") and isinstance(value, int):
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             arguments[name] = min(value, _SPECIAL.get(name, 3))
     _settle(arguments, attributes)
-    return {k: v for k, v in arguments.items() if overrides.get(k, 0) is not None}
+    given = {k: v for k, v in overrides.items() if v is not None and k not in arguments}
+    return {k: v for k, v in arguments.items() if overrides.get(k, 0) is not None} | given
 
 
 def _is_size(name: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunec.codegen.gate import prepare
 from prunec.codegen.hf import check_model, write_model
 from prunec.codegen.shrink import Shrunk, shrink
-from prunec.errors import ExportError, PrunecError
+from prunec.errors import ExportError, PrunecError, TraceError
 from prunec.graph.coupling import CouplingGraph, Group, couple
 from prunec.graph.paths import common_path
 from prunec.graph.program import Program
@@ -40,7 +40,10 @@ UNITS = (
 
 def deliver(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Record:
     """Write the shrunk model and what a fresh process is to find there; a JSON-able record."""
-    program = trace(model, dict(inputs))
+    try:
+        program = trace(model, dict(inputs))
+    except TraceError as error:
+        return {"status": "untraceable", "reason": str(error.message)[:300]}
     redraw(program)
     coupling = couple(program)
     offers = sub_layers(coupling)

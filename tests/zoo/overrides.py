@@ -66,9 +66,39 @@ _PYRAMID = {
     "mlp_ratios": [2, 3],
     "strides": [4, 2],
 }
+_WAVE = {
+    "conv_dim": [12, 14, 16],
+    "conv_stride": [4, 2, 2],
+    "conv_kernel": [8, 4, 4],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 67,
+    "classifier_proj_size": 20,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_QWEN_VL = {
+    "text_config": {"rope_parameters": _ROPE},
+    "vision_config": {"depth": 2, "embed_dim": 48, "hidden_size": 48, "out_hidden_size": 48},
+}
 _DETR = {"use_timm_backbone": False, "backbone": None, "backbone_config": _RESNET}
 
 OVERRIDES |= {
+    **dict.fromkeys(
+        ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"), _WAVE
+    ),
+    "sew": {**_WAVE, "squeeze_factor": 2},
+    "sew-d": {**_WAVE, "squeeze_factor": 2},
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "speech_to_text": {"conv_channels": 24, "input_feat_per_channel": 16},
+    "wav2vec2-bert": {"vocab_size": 67, "feature_projection_input_dim": 16},
+    "wav2vec2-conformer": _WAVE,
+    "gemma3": {"mm_tokens_per_image": 4},
+    "internvl": {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
+    "paligemma": {"projection_dim": 48, "vision_config": {"projection_dim": 48}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
     "bit": {"embedding_size": 16, "hidden_sizes": [32, 48], "depths": [2, 2], "num_groups": 4},
     "conditional_detr": {**_DETR, "num_queries": 7},
     "convnext": {"num_stages": 2, "hidden_sizes": [20, 28], "depths": [2, 2], "patch_size": 4},

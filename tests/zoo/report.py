@@ -18,7 +18,8 @@ TITLES = {
     "seq2seq": "Encoder-decoders",
     "vision": "Vision",
     "audio": "Audio",
-    "vlm": "Vision-language",
+    "vlm": "Vision-language, the vision tower kept",
+    "image": "Vision-language, both towers pruned",
 }
 
 

@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 def assert_exact(model_type: str, controls: int) -> None:
     with torch.random.fork_rng(devices=[]):
         model = configs.build(model_type)
-    record = examine(model, configs.example(model), controls=controls)
+    record = examine(model, configs.inputs_of(model_type, model), controls=controls)
     assert record["status"] == "exact", record["failures"] or record["reason"]
     assert record["groups"] >= 3
     checks = record["checks"]

@@ -45,8 +45,12 @@ _BATCH_NORMS = (
 
 @RULES.register(*(f"aten::{name}" for name in _BATCH_NORMS))
 def batch_norm(call: Call) -> Result:
-    """Each channel has statistics of its own: exact to prune."""
+    """Each channel has statistics of its own: exact to prune. The data's run over all the rest."""
     dims = call.dims("input")
+    if call.arg("training") or call.arg("use_input_stats"):
+        over_batch = "instance" not in call.name
+        for dim in (*dims[: int(over_batch)], *dims[2:]):
+            call.note(dim, "normalised")
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.dims(name):
             call.unify(dims[1], call.dims(name)[0])
