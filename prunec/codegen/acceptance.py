@@ -136,7 +136,7 @@ def problems_of(folder: Path) -> list[str]:
         generate(model, inputs, job, problems)
     head = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     del model
-    if job["custom"] and job["auto"] != "AutoModel" and not problems:
+    if job["bare"] and not problems:
         opened(job, "AutoModel", head, problems)
     return problems
 

@@ -184,8 +184,8 @@ class _Layers:
         effect = False
         for at, wanted in enumerate(self._wanted):
             stock, built = self._layer(at, {}), self._layer(at, _changes(choice, at))
-            changed = {n: s for n, s in built.items() if s != stock[n]}
-            if not built or any(shape != wanted[n] for n, shape in changed.items()):
+            changed = {n: s for n, s in built.items() if s != stock.get(n)}
+            if not built or any(shape != wanted.get(n) for n, shape in changed.items()):
                 return False
             effect |= bool(changed)
         return effect

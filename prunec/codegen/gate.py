@@ -68,10 +68,12 @@ def prepare(
     battery = [c for c in plain if not c.decode]
     battery = battery[-1:] if streamed else battery  # each reads all weights on both sides
     generates = any(c.decode for c in plain) and not streamed
+    auto_map = json.loads((directory / "config.json").read_text("utf-8")).get("auto_map", {})
     job: dict[str, Any] = {
         "directory": str(directory),
         "auto": auto,
-        "custom": "auto_map" in json.loads((directory / "config.json").read_text("utf-8")),
+        "custom": bool(auto_map),
+        "bare": auto != "AutoModel" and "AutoModel" in auto_map,
         "attention": _attention(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def _say_layers(config: Any, fields: ConfigFields) -> None:
 def _accepts(cls: Any, values: dict[str, Any]) -> bool:
     try:
         cls.from_dict(copy.deepcopy(values))
-    except (ValueError, TypeError, StrictDataclassError):
+    except (AttributeError, ValueError, TypeError, StrictDataclassError):
         return False
     return True
 
@@ -132,19 +132,42 @@ def _oldest_transformers(stock: Any) -> int:
 
 
 def auto_classes(model: Any) -> list[str]:
-    """The transformers Auto classes that know the model's class; the one for its task first."""
-    from transformers.models.auto import modeling_auto
+    """The transformers Auto classes that know the model's class; the one for its task first.
 
+    A class whose config they do not map (the text part of a larger model) they know by its name:
+    such a directory opens by its `auto_map` alone.
+    """
     if not hasattr(model, "config"):
         return []
-    cls, found = stock_class(model), []
+    found = [name for name, mapping in _auto_mappings() if _maps(mapping, model)]
+    if not found:
+        name = stock_class(model).__name__
+        found = [auto for auto, mapping in _auto_mappings() if name in _names(mapping)]
+    return sorted(found, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
+
+
+def opens_as_stock(model: Any) -> bool:
+    """Whether an Auto class makes the model's class of its config, without an `auto_map`."""
+    return any(_maps(mapping, model) for _, mapping in _auto_mappings())
+
+
+def _auto_mappings() -> Iterator[tuple[str, Any]]:
+    from transformers.models.auto import modeling_auto
+
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if inspect.isclass(auto) and mapping is not None:
-            known = mapping.get(type(model.config), ())
-            if cls in (known if isinstance(known, tuple) else (known,)):
-                found.append(name)
-    return sorted(found, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
+            yield name, mapping
+
+
+def _maps(mapping: Any, model: Any) -> bool:
+    known = mapping.get(type(model.config), ())
+    return stock_class(model) in (known if isinstance(known, tuple) else (known,))
+
+
+def _names(mapping: Any) -> set[str]:
+    listed = (n if isinstance(n, tuple) else (n,) for n in mapping._model_mapping.values())
+    return {name for names in listed for name in names}
 
 
 def _bare_class(config_class: Any) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from prunec.codegen.battery import Check, attention_choices, checks
 from prunec.codegen.depth import without_branches
 from prunec.codegen.fields import ConfigFields, config_fields
-from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, outcomes_of
-from prunec.codegen.generated import adopt, auto_classes
+from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, usable
+from prunec.codegen.generated import adopt, auto_classes, opens_as_stock
 from prunec.codegen.modeling_prunec import set_attributes
 from prunec.codegen.streamed import Padded, at_hand
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
@@ -116,6 +116,8 @@ def _finished(
     example: Mapping[str, Tensor],
 ) -> Shrunk:
     """The module under the config and class that say its sizes."""
+    if fields.uniform is not None and not opens_as_stock(small):
+        fields = replace(fields, uniform=None, reason="no Auto class opens its config")
     if auto_classes(small):
         adopt(small, found.attributes, fields)
     passed = (*(f"{check.name} (redrawn weights)" for check in found.checks), *proven)
@@ -191,7 +193,7 @@ def _twin_outcomes(
     outcomes = outcomes_of(twin, chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
-        outcomes = outcomes_of(twin, chosen)
+        outcomes = usable(twin, chosen)
     if sliced.skip:  # what was left out may count the tokens in a cache: asked of the dense class
         outcomes = [o for o in outcomes if not o[0].decode or first_failure(twin, [o]) is None]
     return outcomes
