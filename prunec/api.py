@@ -20,7 +20,7 @@ from prunec.codegen.hf import save
 from prunec.codegen.hub import push
 from prunec.codegen.load import load, register
 from prunec.codegen.shrink import Shrunk, shrink
-from prunec.errors import ExportError, PlanError
+from prunec.errors import ExportError, ModelError, PlanError
 from prunec.events import Progress, silent
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
@@ -134,8 +134,8 @@ class Result:
     """A smaller model, the plan it follows and the report of the run.
 
     Attributes:
-        model: a module of the source's class with smaller weights; for a module that prunec has no
-            in-memory form for, the sliced graph.
+        model: a module of the source's class with smaller weights; where its own forward cannot
+            take them, of a module that is no transformers model, the sliced graph.
         plan: which units were kept.
         report: what was asked and done.
         program: the sliced graph.
@@ -523,15 +523,33 @@ def _deliver(
         with progress.task("compare with the masked model"), clock("verify"):
             difference = verify_sliced(coupling, weights.selection, tensors)
         checks = (*checks, f"sliced equals masked within {difference:.1e}")
-        report = replace(report, checks=checks, seconds=clock.seconds)
-        return Result(bound_module(program), plan, report, program)
     stored = weights if weights.stored else None
     sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
     sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
-    with clock("shrink and verify"):
-        shrunk = shrink(model, sliced, example=example_inputs(model), progress=progress)
+    example = _shrink_example(model, program.example)
+    try:
+        with clock("shrink and verify"):
+            shrunk = shrink(model, sliced, example=example, progress=progress)
+    except ExportError as error:
+        if _is_transformers(model):
+            raise
+        checks = (*checks, f"delivered as a graph: {error.message}")
+        report = replace(report, checks=checks, seconds=clock.seconds)
+        return Result(bound_module(program), plan, report, program)
     report = replace(report, checks=(*checks, *shrunk.checks), seconds=clock.seconds)
     return Result(shrunk.model, plan, report, program, shrunk)
+
+
+def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Minimal inputs by keyword; the caller's own where they hold more, such as an image."""
+    own = {name: tensor for name, tensor in given.items() if name != "attention_mask"}
+    if not _is_transformers(model):
+        return own
+    try:
+        made = example_inputs(model)
+    except ModelError:
+        return own
+    return made if made.keys() >= {n for n, t in own.items() if t.is_floating_point()} else own
 
 
 def _is_transformers(model: nn.Module) -> bool:

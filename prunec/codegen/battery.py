@@ -119,11 +119,20 @@ def _caches(model: Any, accepts: set[str]) -> bool:
 
 
 def resized(model: nn.Module, example: Mapping[str, Tensor], batch: int, length: int) -> Inputs:
-    """Seeded random inputs like `example`: another batch size and, for tokens, another length."""
+    """Seeded random inputs like `example`: another batch size and, for tokens, another length.
+
+    Tokens beside an image keep the example's order, as some of them stand for its parts; `length`
+    more follow, from among the example's last.
+    """
     generator = torch.Generator().manual_seed(batch * 1000 + length)
     made = {}
+    beside = "input_ids" in example and any(t.is_floating_point() for t in example.values())
     for name, tensor in example.items():
-        if tensor.ndim == 2 and not tensor.is_floating_point():
+        if name == "input_ids" and beside:
+            row = tensor[0].cpu()
+            more = row[-4:][torch.randint(min(4, len(row)), (batch, length), generator=generator)]
+            made[name] = torch.cat([row.expand(batch, -1), more], 1)
+        elif tensor.ndim == 2 and not tensor.is_floating_point():
             if name.endswith("input_ids"):
                 known = torch.arange(1, _vocabulary(model, tensor))
             else:  # a mask, types, positions: values that occur

@@ -190,7 +190,7 @@ def _twin_outcomes(
         with at_hand(assemble(model, {}), Padded(model, sliced, sliced.stored)) as whole:
             return outcomes_of(whole.eval(), chosen[:1])
     twin = LazyTwin(model, sliced).module.eval()
-    outcomes = outcomes_of(twin, chosen)
+    outcomes = usable(twin, chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
         outcomes = usable(twin, chosen)
