@@ -189,11 +189,8 @@ def _twin_outcomes(
     if sliced.stored is not None:  # one streamed pass of each: every check reads all weights
         with at_hand(assemble(model, {}), Padded(model, sliced, sliced.stored)) as whole:
             return outcomes_of(whole.eval(), chosen[:1])
-    twin = LazyTwin(model, sliced).module.eval()
-    outcomes = usable(twin, chosen)
+    outcomes = usable(LazyTwin(model, sliced).module.eval(), chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
         outcomes = usable(twin, chosen)
-    if sliced.skip:  # what was left out may count the tokens in a cache: asked of the dense class
-        outcomes = [o for o in outcomes if not o[0].decode or first_failure(twin, [o]) is None]
     return outcomes
