@@ -16,6 +16,7 @@ import prunec
 from prunec.calibration import Calibration
 from prunec.codegen.check import check
 from prunec.codegen.exporters.exporter import export
+from prunec.codegen.fit import Reference
 from prunec.codegen.hf import save
 from prunec.codegen.hub import push
 from prunec.codegen.load import load, register
@@ -25,6 +26,7 @@ from prunec.events import Progress, silent
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
+from prunec.graph.selection import Selection
 from prunec.graph.trace import Example, Loss, trace
 from prunec.models import example_inputs, state_digest
 from prunec.models.digest import tensor_digest
@@ -526,10 +528,11 @@ def _deliver(
     stored = weights if weights.stored else None
     sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
     sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
-    example = _shrink_example(model, program.example)
+    reference = _reference(coupling, weights.selection, tensors, plan)
+    example = program.example if reference else _shrink_example(model, program.example)
     try:
         with clock("shrink and verify"):
-            shrunk = shrink(model, sliced, example=example, progress=progress)
+            shrunk = shrink(model, sliced, example=example, reference=reference, progress=progress)
     except ExportError as error:
         if _is_transformers(model):
             raise
@@ -538,6 +541,23 @@ def _deliver(
         return Result(bound_module(program), plan, report, program)
     report = replace(report, checks=(*checks, *shrunk.checks), seconds=clock.seconds)
     return Result(shrunk.model, plan, report, program, shrunk)
+
+
+def _reference(
+    coupling: CouplingGraph, selection: Selection, tensors: Mapping[str, Tensor], plan: Plan
+) -> Reference | None:
+    """The sliced graph, where a norm or a router runs over removed units: zeroed ones then count.
+
+    None where the masked model is the truth, which holds at every shape.
+    """
+    if not any(coupling[name].normalised for name in plan.groups):
+        return None
+
+    def run(given: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        state = {name: given.get(name, tensor) for name, tensor in tensors.items()}
+        return slice_program(coupling, selection, state).run(None, **inputs)
+
+    return run
 
 
 def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

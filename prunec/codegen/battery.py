@@ -64,6 +64,12 @@ def checks(
     return found
 
 
+def own_shape(example: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(batch, sequence) of the example itself: all that a module of fixed length can be run at."""
+    first = example[next(iter(_text_names(example)), next(iter(example)))]
+    return first.shape[0], first.shape[1] if first.ndim > 1 else 1
+
+
 def _more_ways(model: Any, plain: Check, size: str) -> list[Check]:
     """Left padding, and the last token from the cache of the others."""
     accepts, found = set(inspect.signature(model.forward).parameters), []

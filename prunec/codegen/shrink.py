@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from prunec.codegen.battery import Check, attention_choices, checks
+from prunec.codegen.battery import Check, attention_choices, checks, own_shape
 from prunec.codegen.depth import without_branches
 from prunec.codegen.fields import ConfigFields, config_fields
 from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, usable
@@ -182,7 +182,18 @@ def _twin_outcomes(
     model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor], caches: bool
 ) -> Outcomes:
     """Few runs, as the whole model's take long: the rest is known from the search."""
-    battery = checks(model, example, PROOF_SHAPES)
+    outcomes = _outcomes_at(PROOF_SHAPES, model, sliced, example, caches)
+    return outcomes or _outcomes_at((own_shape(example),), model, sliced, example, caches)
+
+
+def _outcomes_at(
+    shapes: Sequence[tuple[int, int]],
+    model: nn.Module,
+    sliced: Sliced,
+    example: Mapping[str, Tensor],
+    caches: bool,
+) -> Outcomes:
+    battery = checks(model, example, shapes)
     last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
     first = battery[0].attention
     chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]

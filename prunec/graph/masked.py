@@ -75,7 +75,8 @@ class _Masked(fx.Interpreter):
         handler = _HANDLERS.get(name)
         if handler is not None:
             return handler(reduction)
-        fill = _FILLS.get(name)
+        # An operator of the user's own: what is gone counts as zero, as in any product.
+        fill = _FILLS.get(name, 0.0 if "::" in name else None)
         return super().run_node(n) if fill is None else reduction.filled(fill)
 
 
