@@ -74,7 +74,7 @@ def prepare(
         "auto": auto,
         "custom": bool(auto_map),
         "bare": auto != "AutoModel" and "AutoModel" in auto_map,
-        "attention": _attention(model),
+        "attention": _implementations(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "tolerance": tolerance(model),
@@ -107,6 +107,16 @@ def _generates(model: Any, inputs: dict[str, Tensor], job: dict[str, Any]) -> bo
 def _attention(model: Any) -> str | None:
     name = model.config._attn_implementation
     return name if name in (None, "eager", "sdpa") else "eager"
+
+
+def _implementations(model: Any) -> str | dict[str, str] | None:
+    """As `from_pretrained` takes it: by part, where the parts of a model do not agree."""
+    name, config = _attention(model), model.config
+    parts = {part: getattr(config, part, None) for part in getattr(config, "sub_configs", {})}
+    own = {k: v._attn_implementation for k, v in parts.items() if v is not None}
+    if name is None or all(other in (name, None) for other in own.values()):
+        return name
+    return {"": name, **{part: other for part, other in own.items() if other is not None}}
 
 
 def _pad_token(model: Any) -> int:
