@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -17,7 +18,9 @@ from programs import TOLERANCE
 from random_programs import STEPS, Step, build
 
 from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.trace import trace
 from prunec.passes import oracle
+from prunec.passes.slice import bound_module
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +40,10 @@ quiet = {"deadline": None, "suppress_health_check": list(HealthCheck), "database
 
 def assert_holds(drawn: Sequence[Step], *, every_group: bool = False) -> None:
     """Permutation of each group; slicing of a few groups, then of all at once."""
-    coupling = couple(build(drawn))
+    assert_exact_coupling(couple(build(drawn)), every_group=every_group)
+
+
+def assert_exact_coupling(coupling: CouplingGraph, *, every_group: bool = False) -> None:
     wrong = [c for c in checks(coupling, every_group) if not c.exact(TOLERANCE)]
     assert not wrong, (wrong, coupling.program.graph_module.code)
     assert not coupling.layout.missing
@@ -67,6 +73,17 @@ def checks(coupling: CouplingGraph, every_group: bool) -> list[oracle.Check]:
 @settings(max_examples=500, derandomize=True, **quiet)
 def test_slicing_and_permuting_random_programs(drawn: list[Step]) -> None:
     assert_holds(drawn)
+
+
+@given(steps)
+@settings(max_examples=100, derandomize=True, **quiet)
+def test_random_programs_that_went_through_export(drawn: list[Step]) -> None:
+    """The same program as a module, exported: other operators and sizes, the same groups."""
+    program = build(drawn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch, of parameters registered under flat names
+        exported = trace(bound_module(program), program.example)
+    assert_exact_coupling(couple(exported))
 
 
 @pytest.mark.slow

@@ -538,6 +538,28 @@ pinned 3.bias[0] 2: an axis of the output
     )
 
 
+def test_weights_standardised_by_a_batch_norm() -> None:
+    """Over all of a kernel, its input channels included: fewer of them have other statistics."""
+
+    def standard(weight: Tensor) -> Tensor:
+        flat = weight.reshape(1, weight.shape[0], -1)
+        return F.batch_norm(flat, None, None, training=True).reshape_as(weight)
+
+    def forward(p: object, x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, standard(p.stem)).relu(), standard(p.head))
+
+    assert_expected_inline(
+        checked(net(forward, stem=(12, 3, 3, 3), head=(4, 12, 1, 1)), IMAGE),
+        """\
+conv_channel 12: stem[0] head[1]; normalised
+pinned stem[1] 3: an axis of the input
+pinned stem[2] 3: a kernel position
+pinned stem[3] 3: a kernel position
+pinned head[0] 4: an axis of the output
+""",
+    )
+
+
 def test_softmax_and_variance_over_units() -> None:
     def forward(p: object, x: Tensor) -> Tensor:
         y = F.linear(x, p.up)
