@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from prunec.codegen.battery import Check, attention_choices, checks, own_shape
 from prunec.codegen.depth import without_branches
 from prunec.codegen.fields import ConfigFields, config_fields
-from prunec.codegen.fit import Attributes, Fit, Outcomes, Reference, first_failure, fit, usable
+from prunec.codegen.fit import (
+    Attributes,
+    Fit,
+    Outcomes,
+    Reference,
+    first_failure,
+    fit,
+    outcomes_of,
+    usable,
+)
 from prunec.codegen.generated import adopt, auto_classes, opens_as_stock
 from prunec.codegen.modeling_prunec import set_attributes
 from prunec.codegen.streamed import Padded, at_hand
