@@ -157,7 +157,7 @@ class Result:
         base_model: str | None = None,
         metrics: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        max_shard_size: str = "5GB",
+        max_shard_size: str = "1GB",
         progress: Progress = silent,
     ) -> None:
         """Write a directory that ``from_pretrained`` opens without prunec.

@@ -73,9 +73,9 @@ def save(
                 found = _accept(shrunk, folder, auto)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
         if finish is not None:
             finish(folder)
+        _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
 
 
 def _write(shrunk: Shrunk, folder: Path, max_shard_size: str) -> None:

@@ -39,7 +39,7 @@ def test_a_whole_directory(whole: Path) -> None:
     assert found.whole
     assert [test.name for test in found.tests] == ["files", "hashes", "weights", "model", "plan"]
     assert found.tests[1].detail == "6 files as written"
-    assert found.tests[4].detail == "9 of 9 groups found, all as large as planned"
+    assert found.tests[4].detail == "3 of 9 groups found, all as large as planned"
     engines = {engine.name.split()[0]: engine for engine in found.engines}
     assert engines["transformers"].opens == "code"
     assert engines["llama.cpp"].opens == "export"
