@@ -152,11 +152,18 @@ class Stream:
         self._drop_shared(self._cursor)
 
     def real_tokens(self, batch: int, value: Tensor) -> Tensor | None:
-        """Bool over a value's leading axes: which tokens are no padding; None where all are."""
+        """Bool over a value's leading axes: which tokens are no padding; None where all are.
+
+        Batch and sequence may be two axes of the value or, as some layers have it, one.
+        """
         mask = self._masks[batch]
-        if mask is None or tuple(value.shape[: mask.ndim]) != tuple(mask.shape):
+        if mask is None:
             return None
-        return mask.bool().to(value.device)
+        if tuple(value.shape[: mask.ndim]) == tuple(mask.shape):
+            return mask.bool().to(value.device)
+        if value.ndim == 2 and len(value) == mask.numel():
+            return mask.flatten().bool().to(value.device)
+        return None
 
     def finish(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the program's first output for each."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_model import VOCABULARY, tiny_llama
@@ -150,8 +152,16 @@ def test_nan_in_a_weight_names_the_node() -> None:
     assert "model.layers.1.mlp" in str(raised.value.where)
 
 
-def test_padding_does_not_count() -> None:
-    model = tiny_llama()
+def _tiny_gpt2() -> nn.Module:
+    """Its layers see batch and sequence as one axis."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, _tiny_gpt2])
+def test_padding_does_not_count(make: Callable[[], nn.Module]) -> None:
+    model = make()
     plain = batches(2)
     ones = torch.ones_like(plain[0]["input_ids"])
     padded = [{**batch, "attention_mask": ones.clone()} for batch in plain]
@@ -163,7 +173,7 @@ def test_padding_does_not_count() -> None:
     coupling = couple(trace(model, padded[0]))
     recipe = load_recipe("slimgpt")
     sites, _ = find_sites(coupling, recipe.units)
-    kept = []
+    kept, weights = [], []
     for data in (padded, scrambled):
         pruned = prune_sites(
             coupling,
@@ -174,4 +184,7 @@ def test_padding_does_not_count() -> None:
             data,
         )
         kept.append(Plan.of(coupling, pruned.selection))
+        weights.append(dict(pruned.weights))
     assert kept[0] == kept[1]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight)
