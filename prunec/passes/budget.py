@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Account:
         cost: of the dense site.
         least, most: what the constraints force it, and allow it, to give.
         step: what the smallest step that the constraints allow gives.
+        unit: what the smallest unit gives, whatever they allow.
     """
 
     site: Site
@@ -39,6 +40,7 @@ class Account:
     least: float
     most: float
     step: float
+    unit: float
 
     @classmethod
     def of(
@@ -51,15 +53,19 @@ class Account:
         forced = {g.name: g.size // steps[g.name] * steps[g.name] for g in site.groups}
         most = min(cost - measure.at(site, floor), constraints.maximum * cost)
         least = max(cost - measure.at(site, forced), constraints.minimum * cost)
-        finest = min(
-            (
-                cost - measure.at(site, {group.name: group.size - steps[group.name]})
-                for group in site.groups
-                if group.size - steps[group.name] >= floor[group.name]
-            ),
-            default=0.0,
-        )
-        return cls(site, held, cost, min(least, most), most, finest)
+        gives = [
+            cost - measure.at(site, {group.name: group.size - steps[group.name]})
+            for group in site.groups
+            if group.size - steps[group.name] >= floor[group.name]
+        ]
+        unit = min(cost - measure.at(site, {g.name: g.size - 1}) for g in site.groups)
+        return cls(site, held, cost, min(least, most), most, min(gives, default=0.0), unit)
+
+    @classmethod
+    def protected(cls, site: Site, measure: Measure, sizes: Parameters) -> Account:
+        """Of a site that stays whole."""
+        open_ = cls.of(site, measure, sizes, Constraints())
+        return replace(open_, least=0.0, most=0.0, step=0.0)
 
 
 class Budget:
@@ -86,14 +92,9 @@ class Budget:
         self._carry = 0.0
 
     @property
-    def target(self) -> int:
-        """What is to go, in the measure's unit."""
-        return round(sum(self._wants.values()))
-
-    @property
     def rounding(self) -> float:
         """What went beyond the target (below it, where negative), in the measure's unit."""
-        return self.removed - sum(self._wants.values())
+        return self.removed - self.goal.remove
 
     def account(self, site: Site) -> Account:
         """What a site holds and can give."""
@@ -170,7 +171,7 @@ class Budget:
         kind, of = self.goal.target.kind, self.goal.of
         slack = self.goal.tolerance
         if kind in ("ratio", "latency"):
-            slack = max(slack, min(a.step for a in self._accounts.values() if a.step > 0))
+            slack = max(slack, min(account.unit for account in self._accounts.values()))
         if abs(self.removed - self.goal.remove) > slack * (1 + 1e-9):
             reached = (
                 f"ratio {self.removed / of:.4f}"
@@ -180,9 +181,8 @@ class Budget:
             raise PlanError(
                 f"{amount(kind, self.goal.remove)} were to go, "
                 f"whole units come to {amount(kind, self.removed)}",
-                so=f"what these units and constraints reach nearest to {self.goal.target}"
-                f" is {reached}",
-                fix="ask for that, let finer units be pruned, or loosen the constraints",
+                so=f"what these units and constraints came to is {reached}",
+                fix="ask for that or near it, let finer units be pruned, or loosen the constraints",
             )
 
     @property
@@ -243,7 +243,7 @@ def block_budget(
     accounts = {
         site.name: Account.of(site, goal.measure, sizes, constraints)
         if not constraints.protects(site, list(blocks))
-        else Account(site, round(sizes.at(site, {})), goal.measure.at(site, {}), 0.0, 0.0, 0.0)
+        else Account.protected(site, goal.measure, sizes)
         for site in sites
     }
     _check_reachable(goal, accounts.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from prunec.errors import PlanError
+from prunec.events import Progress
 from prunec.importance.curves import RemovalCurve
 from prunec.passes.levels import Levels
 
@@ -46,6 +47,10 @@ class Trials(Protocol):
     @property
     def parts(self) -> int:
         """Number of batches that are held out to judge on."""
+
+    @property
+    def progress(self) -> Progress:
+        """Where a search says how far it is."""
 
     def stitched(self, chosen: Mapping[str, int], parts: Sequence[int] | None = None) -> float:
         """Divergence with each site at a level, all fitted to the dense model; on some batches."""

@@ -76,6 +76,7 @@ def evolve(
     generations: int,
     children: int,
     expired: Callable[[], bool] = lambda: False,
+    on_generation: Callable[[], None] = lambda: None,
 ) -> Genes:
     """The fittest after some generations: each, the best parent and its mutated children compete.
 
@@ -90,6 +91,7 @@ def evolve(
                 break
             scores.append(score(genes, generation))
         best = competitors[int(np.argmin(scores))]
+        on_generation()
         if expired():
             break
         competitors = list(dict.fromkeys([best, *(mutate(best) for _ in range(children))]))

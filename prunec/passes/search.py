@@ -100,17 +100,24 @@ class Search:
         )
         space = _Space(context, trials)
         extent = _EXTENTS[self.effort]
-        pool = Pool(lambda shares: trials.repruned(context.budget(shares)), extent.trials, deadline)
-        for candidate in spared(LogIncrease().shares(context), context.rooms):
-            pool.try_(space.scaled(candidate))
-        base = pool.best
-        if extent.generations and pool.open:
-            for found in self._predicted(space, base, extent, deadline):
-                pool.try_(space.blend(base, found, 0.5))
-                pool.try_(found)
-        generator = np.random.default_rng(self.seed)
-        while self.effort != "fast" and pool.open:
-            pool.try_(space.scaled(perturbed(pool.best, context.rooms, generator)))
+        with trials.progress.task("pruning for trial", extent.trials) as task:
+
+            def trial(shares: Shares) -> float:
+                divergence = trials.repruned(context.budget(shares))
+                task.advance()
+                return divergence
+
+            pool = Pool(trial, extent.trials, deadline)
+            for candidate in spared(LogIncrease().shares(context), context.rooms):
+                pool.try_(space.scaled(candidate))
+            base = pool.best
+            if extent.generations and pool.open:
+                for found in self._predicted(space, base, extent, deadline):
+                    pool.try_(space.blend(base, found, 0.5))
+                    pool.try_(found)
+            generator = np.random.default_rng(self.seed)
+            while self.effort != "fast" and pool.open:
+                pool.try_(space.scaled(perturbed(pool.best, context.rooms, generator)))
         return pool.best
 
     def _predicted(
@@ -122,14 +129,16 @@ class Search:
         found = [space.shares_of(genes)]
         generator = np.random.default_rng(self.seed)
         half = None if deadline is None else (time.monotonic() + deadline) / 2
-        evolved = evolve(
-            [space.nearest(base), genes],
-            mutate=lambda genes: space.mutated(genes, generator),
-            score=space.score,
-            generations=extent.generations,
-            children=extent.children,
-            expired=lambda: half is not None and time.monotonic() > half,
-        )
+        with space.trials.progress.task("evolution of levels", extent.generations) as task:
+            evolved = evolve(
+                [space.nearest(base), genes],
+                mutate=lambda genes: space.mutated(genes, generator),
+                score=space.score,
+                generations=extent.generations,
+                children=extent.children,
+                expired=lambda: half is not None and time.monotonic() > half,
+                on_generation=task.advance,
+            )
         return [*found, space.shares_of(evolved)]
 
 
@@ -234,12 +243,14 @@ class _Space:
         to its share in `base`.
         """
         losses = []
-        for room, near in zip(self.context.rooms, self.nearest(base), strict=True):
-            levels = self.trials.levels[room.site]
-            level = min(max(near, 1), len(levels.loss) - 1)
-            alone = self.trials.stitched({room.site: level}, [0])
-            scale = alone / levels.loss[level] if levels.loss[level] > 0 else 0.0
-            losses.append(levels.loss * max(scale, 0.0))
+        with self.trials.progress.task("each site alone", len(self.context.rooms)) as task:
+            for room, near in zip(self.context.rooms, self.nearest(base), strict=True):
+                levels = self.trials.levels[room.site]
+                level = min(max(near, 1), len(levels.loss) - 1)
+                alone = self.trials.stitched({room.site: level}, [0])
+                scale = alone / levels.loss[level] if levels.loss[level] > 0 else 0.0
+                losses.append(levels.loss * max(scale, 0.0))
+                task.advance()
         return losses
 
     def optimum(self, losses: Sequence[FloatArray], base: Shares) -> Genes:

@@ -62,7 +62,7 @@ class DenseTrials:
         self._prior = prior or {}
         self._count = count
         self._seed = seed
-        self._progress = progress
+        self.progress = progress
 
     @property
     def parts(self) -> int:
@@ -113,7 +113,7 @@ class DenseTrials:
         )
         levels: dict[str, Levels] = {}
         cuts: dict[str, list[Cut]] = {}
-        with self._progress.task("level database", len(self._sites)) as task:
+        with self.progress.task("level database", len(self._sites)) as task:
             for site in self._sites:
                 problem = site_problem(site, self._coupling, weights)
                 statistics = {**self._prior, **measurement.take(site)}
