@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import prunec
@@ -26,6 +27,7 @@ from prunec.events import Progress, silent
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.program import Program
+from prunec.graph.retarget import on_device
 from prunec.graph.selection import Selection
 from prunec.graph.trace import Example, Loss, trace
 from prunec.models import example_inputs, state_digest
@@ -257,6 +259,11 @@ def prune(
         CheckpointError: what `checkpoint` or `scores` holds is of another run, damaged, or cannot
             be written.
     """
+    if device is not None and weights is None:
+        raise PlanError(
+            "a device was given for a model that holds its weights",
+            fix="move the model itself: model.to(device)",
+        )
     clock = _Clock()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     chosen = chosen.override(settings or {})
@@ -267,7 +274,10 @@ def prune(
     batches = [] if saved and calibration is None else batches_of(calibration)
     example = saved.example if saved and not batches else batches[0]
     with progress.task("trace the model"), clock("trace"):
-        coupling = couple(trace(model, example))
+        program = trace(model, example)
+        if device is not None:
+            program = on_device(program, torch.device(device))
+        coupling = couple(program)
         sites, skipped = find_sites(coupling, chosen.units)
         if compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))

@@ -34,7 +34,7 @@ OutOfCore = Annotated[
         "[default: out of core if they take over a third of the free memory]",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.")]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Calibration = Annotated[
     list[str] | None,

@@ -252,6 +252,7 @@ def _prune(
         calibration=batches,
         seed=seed,
         weights=source.weights,
+        device=None if source.weights is None else source.device,
         checkpoint=checkpoint,
         resume=resume,
         scores=scores,

@@ -39,6 +39,20 @@ def retarget_calls(program: Program, dtype: torch.dtype) -> Program:
     return replace(program, graph_module=module)
 
 
+def on_device(program: Program, device: torch.device) -> Program:
+    """The program with every device written into its calls replaced; the tensors stay."""
+    module = copy.deepcopy(program.graph_module)
+
+    def there(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in module.graph.nodes:
+        node.args = pytree.tree_map(there, node.args)
+        node.kwargs = pytree.tree_map(there, node.kwargs)
+    module.recompile()
+    return replace(program, graph_module=module)
+
+
 def _literal(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, fx.Node) or not isinstance(value, torch.dtype):
         return value

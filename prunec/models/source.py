@@ -43,7 +43,7 @@ class Source:
     is none (vision models, factories, a config alone). `example` has inputs to trace with, by
     keyword. Out of core `model` is on meta and `weights` reads its parameters from the files, one
     when it is asked for; else `weights` is None. `spec` is what the user wrote; `digest` is the
-    `state_digest` of the model.
+    `state_digest` of the model; `device` is where it is to be computed.
     """
 
     model: nn.Module
@@ -52,6 +52,7 @@ class Source:
     spec: str
     digest: str
     weights: Mapping[str, Tensor] | None = None
+    device: str = "cpu"
 
 
 def open_model(
@@ -98,7 +99,7 @@ def open_model(
     model = model.eval().requires_grad_(False)
     example = example_inputs(model) if example is None else example
     digest = state_digest(model, stored)
-    return Source(model, tokenizer, _cast(example, model), spec, digest, stored)
+    return Source(model, tokenizer, _cast(example, model), spec, digest, stored, str(place))
 
 
 def open_tokenizer(
@@ -212,6 +213,8 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
