@@ -180,7 +180,7 @@ class Result:
             "prunec": prunec.__version__,
             "base_model": base_model,
             "plan": self.plan.to_json(),
-            "report": self.report.to_json(),
+            "report": {k: v for k, v in self.report.to_json().items() if k != "seconds"},
             "recipe": None if self.report.recipe is None else self.report.recipe.to_dict(),
             "metrics": dict(metrics or {}),
         }

@@ -101,14 +101,18 @@ COUNTS = {
     "recipe": (40, 1500),
     "progress": (20, 500),
     "config": (15, 300),
+    "gguf": (10, 300),
 }
 
 
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reader", COUNTS)
-def test_no_mutation_crashes_a_reader(reader: str, long: bool, tmp_path: Path) -> None:
+def test_no_mutation_crashes_a_reader(
+    reader: str, long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "input"
     folder.mkdir()
+    monkeypatch.setenv("PRUNEC_CACHE", str(folder / "cache"))
     attack(*READERS[reader](folder), COUNTS[reader][long], seed=int(long))
 
 
@@ -173,6 +177,23 @@ def _config(folder: Path) -> Case:
     return file, lambda: open_model(str(folder), weights="meta")
 
 
+def _gguf(folder: Path) -> Case:
+    """Header, metadata and one tensor; what is missing is an error of its own."""
+    gguf = pytest.importorskip("gguf")
+    file = folder / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_context_length(16)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("output_norm.weight", torch.ones(8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file, lambda: open_model(str(file))
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "header": _header,
     "index": _index,
@@ -180,4 +201,5 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "recipe": _recipe,
     "progress": _progress,
     "config": _config,
+    "gguf": _gguf,
 }

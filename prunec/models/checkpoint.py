@@ -78,7 +78,7 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
     if not isinstance(placement, dict) or not placement:
         raise ModelError(f"{INDEX} has no weight_map", where=str(index))
     for name in placement.values():
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
+        if not _is_shard_name(name):
             raise ModelError(
                 f"{INDEX} names a file that is not one of its directory: {str(name)[:80]!r}",
                 where=str(index),
@@ -98,6 +98,12 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
         if lost := sorted(wanted - safetensors_names(shard)):
             raise _corrupt(shard, f"it lacks {len(lost)} tensors of the index, such as {lost[0]}")
     return shards
+
+
+def _is_shard_name(name: object) -> bool:
+    """Whether it names a safetensors file of the index's own directory."""
+    named = isinstance(name, str) and name.endswith(".safetensors")
+    return named and not set(str(name)) & set("/\\\0")
 
 
 def _header(path: Path, raw: bytes) -> dict[str, Any]:
