@@ -188,7 +188,7 @@ def _complete(model: Any, settings: Recovery, teacher: nn.Module | None) -> Reco
     if limit and settings.seq_len > limit:
         raise PlanError(
             f"the model reads at most {limit} tokens, rows of {settings.seq_len} were asked for",
-            fix=f"--seq-len {limit}",
+            fix=f"--set seq_len={limit}",
         )
     if settings.steps is None and settings.epochs is None and settings.minutes is None:
         on_cpu = next(model.parameters()).device.type == "cpu"

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,13 @@ def test_bad_input_is_one_message(folder: Path) -> None:
         (("recover", "small"), "no output directory"),
         (("recover", "small", "-o", "mended"), "the output directory exists"),
         (("recover", "small", "-o", "x", "--set", "rnak=3"), "no setting 'rnak'"),
-        (("recover", "small", "-o", "x", "--data", "absent.txt"), "no such text file"),
+        (("recover", "small", "-o", "x", "--data", "absent.txt", *TRAIN), "no such text file"),
         (("recover", "small", "-o", "x", "--method", "lroa"), "no recovery method"),
-        (("recover", "small", "-o", "x", "--data", "text.txt", "--resume"), "no interrupted run"),
+        (
+            ("recover", "small", "-o", "x", "--data", "text.txt", "--resume", *TRAIN),
+            "no interrupted run",
+        ),
+        (("recover", "small", "-o", "x", "--data", "text.txt"), "reads at most 128 tokens"),
         (("report", "model"), "not a directory that prunec wrote"),
         (("eval", "model"), "nothing to measure"),
         (("eval", "model", "--kl", "--speed"), "--kl needs a text"),
@@ -143,7 +147,7 @@ const box = document.createElement("pre"); box.id = "seen";
 box.textContent = JSON.stringify({overlaps, texts: boxes.length,
   wide: document.documentElement.scrollWidth, width: innerWidth,
   requests: performance.getEntriesByType("resource").map(r => r.name)});
-document.body.append(box);
+parent.document.body.append(box);
 </script>
 """
 
@@ -157,9 +161,14 @@ def test_no_text_overlaps_on_a_phone_or_a_desk(folder: Path, name: str, width: i
         "style-src 'unsafe-inline'",
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-src 'self' data:",
     )
-    inner = folder / f"driven-{width}.html"
-    inner.write_text(page.replace("</body>", DRIVER + "</body>"))
-    seen = _seen(folder, inner, width)
+    inner = escape(page.replace("</body>", DRIVER + "</body>"), quote=True)
+    # A frame, as a window of a browser has a least width.
+    outer = folder / f"driven-{width}.html"
+    outer.write_text(
+        f'<!doctype html><body style="margin:0"><iframe style="border:0;width:{width}px;'
+        f'height:900px" srcdoc="{inner}"></iframe></body>'
+    )
+    seen = _seen(folder, outer)
     assert seen["texts"] > 40
     assert seen["width"] == width
     assert seen["requests"] == []
@@ -167,12 +176,12 @@ def test_no_text_overlaps_on_a_phone_or_a_desk(folder: Path, name: str, width: i
     assert seen["wide"] <= seen["width"]
 
 
-def _seen(folder: Path, file: Path, width: int) -> dict[str, Any]:
+def _seen(folder: Path, file: Path) -> dict[str, Any]:
     browser = next(path for name in BROWSERS if (path := shutil.which(name)))
     done = subprocess.run(
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *(f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}"),
+            *("--window-size=1600,1000", f"--user-data-dir={folder / 'profile'}"),
             *("--virtual-time-budget=5000", "--dump-dom", "--enable-logging=stderr"),
             file.as_uri(),
         ],
