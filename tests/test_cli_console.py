@@ -7,6 +7,7 @@ import pytest
 
 from prunec.cli.console import Screen, write_text
 from prunec.errors import ExportError
+from prunec.events import duration
 
 
 def test_a_pipe_gets_words_and_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,3 +69,32 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_text(target, "new \udcff")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_rows_of_a_step_are_a_table_above_its_bar_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    screen = Screen()
+    with screen.task("pruning", total=2) as task:
+        for number in (1, 2):
+            task.row({"site": f"layers.{number}.mlp", "kept": "12 ffn_channel"})
+            task.advance()
+        screen._bars.refresh()
+    err = capsys.readouterr().err
+    assert "layers.2.mlp" in err
+    assert err.index("site") < err.index("layers.1.mlp")
+
+
+def test_rows_are_not_printed_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    with screen.task("pruning", total=1) as task:
+        task.row({"site": "layers.1.mlp"})
+    assert "layers.1.mlp" not in capsys.readouterr().err
+
+
+def test_times_are_in_words() -> None:
+    assert [duration(s) for s in (0.42, 59.6, 75, 3599.7, 7500)] == [
+        "0.4 s", "60 s", "1 min 15 s", "1 h 00 min", "2 h 05 min",
+    ]  # fmt: skip

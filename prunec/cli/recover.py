@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunec.cli import options
-from prunec.errors import ExportError, PlanError
+from prunec.errors import ExportError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from prunec.cli.console import Screen
@@ -88,8 +88,6 @@ def recover(
     screen = Screen(quiet=quiet, json=json)
     if out is None:
         raise ExportError("no output directory", fix="add -o OUT")
-    if resume and overwrite and not out.exists():
-        overwrite = False
     check_target(out, overwrite=overwrite)
     settings = chosen(method, recipe, changed or [])
     limits = {"steps": steps, "epochs": epochs, "minutes": minutes}
@@ -148,6 +146,10 @@ def run(
     from prunec.models.quiet import quiet
     from prunec.recovery.recover import recover as train
 
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory} is not a model directory", fix="name the OUT of prunec prune"
+        )
     device, teacher_device, dtype = place
     source = open_source(str(directory), screen, device=device, dtype=dtype)
     dense: Source | None = None
@@ -157,18 +159,23 @@ def run(
             raise PlanError(f"{directory} does not name its dense model", fix="--teacher MODEL")
         dense = open_source(str(name), screen, device=teacher_device, dtype=dtype)
     work = out.absolute().with_name(f".{out.name}.recovery")
-    recovered = train(
-        source.model,
-        source.tokenizer,
-        data,
-        settings,
-        work=work,
-        base=str(directory),
-        teacher=dense.model if dense else None,
-        resume=resume,
-        options=trainer,
-        progress=screen,
-    )
+    try:
+        recovered = train(
+            source.model,
+            source.tokenizer,
+            data,
+            settings,
+            work=work,
+            base=str(directory),
+            teacher=dense.model if dense else None,
+            resume=resume,
+            options=trainer,
+            progress=screen,
+        )
+    except KeyboardInterrupt:
+        if list(work.glob("checkpoint-*")):
+            screen.message("prunec recover with the same options and --resume goes on from here.")
+        raise
     if not recovered.is_main:
         return None
 

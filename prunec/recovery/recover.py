@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -146,7 +147,9 @@ def recover(
         progress.message(
             "Training did not lower the held-out loss: the weights are those that were given."
         )
-    adapter = _keep_adapter(trained, work, base) if settings.train != "full" and improved else None
+    adapter = None
+    if settings.train != "full" and improved and run.is_world_process_zero():
+        adapter = _keep_adapter(trained, work, base)
     report = RecoveryReport(
         settings=settings,
         data=data,
@@ -228,6 +231,8 @@ def _prepare(work: Path, identity: Mapping[str, Any], *, resume: bool) -> Path |
     """The folder for this run, and the checkpoint to go on from, if asked for."""
     path = work / "run.json"
     if not resume:
+        if int(os.environ.get("RANK", "0")) > 0:  # of torchrun: the first process does it for all
+            return None
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         path.write_text(json.dumps(identity), encoding="utf-8")

@@ -103,6 +103,7 @@ def test_bad_input_is_one_message(folder: Path) -> None:
             "no interrupted run",
         ),
         (("recover", "small", "-o", "x", "--data", "text.txt"), "reads at most 128 tokens"),
+        (("recover", "absent", "-o", "x"), "absent is not a model directory"),
         (("report", "model"), "not a directory that prunec wrote"),
         (("eval", "model"), "nothing to measure"),
         (("eval", "model", "--kl", "--speed"), "--kl needs a text"),
