@@ -14,7 +14,7 @@ from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim
 from prunec.graph.interpreter import Stream
-from prunec.graph.memory import release_freed
+from prunec.graph.memory import release_freed, settled_heap
 from prunec.graph.selection import BoolArray, Keep, Selection
 from prunec.importance.curves import Criterion, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
@@ -112,7 +112,7 @@ def prune_sites(
     )
     shared = [site for site in sites if len(site.nodes) > 1]
     single = [site for site in sites if len(site.nodes) == 1]
-    with progress.task("pruning", total=len(sites)) as task:
+    with settled_heap(), progress.task("pruning", total=len(sites)) as task:
         for site in shared:
             worker.visit(site, worker.measurement(batches, [site]))
             worker.release()
