@@ -170,6 +170,8 @@ def opened_journal(
         yield Journal(folder)
     finally:
         os.close(lock)
+        if not any(folder.glob("[0-9]*-*")):  # stopped before the first site: nothing to go on from
+            remove_journal(folder)
 
 
 def progress_folder(out: Path) -> Path:

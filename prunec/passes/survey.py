@@ -129,6 +129,11 @@ class DenseSurvey:
     ) -> DenseTrials:
         """Pruning for trial, on parts of the batches that are spread over all of them."""
         self._check_data()
+        if self._weights.stored:
+            raise PlanError(
+                "an allocation that prunes for trial needs the weights in memory",
+                fix="load the model (--in-memory), or use another allocation, such as log-increase",
+            )
         fit, held = split(self._batches, fit_tokens=fit_tokens, held_tokens=held_tokens)
         return DenseTrials(
             self._coupling,
