@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def deliver(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Rec
         program = trace(model, dict(inputs))
     except TraceError as error:
         return {"status": "untraceable", "reason": str(error.message)[:300]}
-    redraw(program)
+    redraw(program, getattr(model, "_keys_to_ignore_on_save", None) or ())
     coupling = couple(program)
     offers = sub_layers(coupling)
     shrunk, plan, refused = _smallest(model, coupling, offers, inputs)
@@ -70,11 +70,15 @@ def deliver(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Rec
 
 
 @torch.no_grad()
-def redraw(program: Program) -> None:
-    """Weights of unit gain in the model itself, where those do not overflow."""
+def redraw(program: Program, constant: Collection[str] = ()) -> None:
+    """Weights of unit gain in the model itself, where those do not overflow.
+
+    Args:
+        constant: tables that are no weights and not saved with them.
+    """
     drawn = oracle.redraw(program)
     if bool(torch.isfinite(drawn.run(None, **drawn.example)).all()):
-        for name in program.parameters:
+        for name in program.parameters.difference(constant):
             program.state[name].copy_(drawn.state[name])
 
 
@@ -82,10 +86,12 @@ def sub_layers(coupling: CouplingGraph) -> dict[str, list[list[Group]]]:
     """Sub-layer (a path with * for numbers) -> the rows of UNITS that it has groups of.
 
     A part of one that has inner dimensions only, such as a fused projection, is no sub-layer of
-    its own. Where no group lies within one layer (a chain of convolutions), all count.
+    its own. Heads and experts count where layers share them too (by a table of relative
+    positions), and all groups where none lies within one layer (a chain of convolutions).
     """
     free = [group for group in coupling.groups if group.kind != "hidden"]
-    inside = [group for group in free if "*" in sub_layer(group)]
+    shared = ("head", "query_head", "kv_group", "expert")
+    inside = [group for group in free if "*" in sub_layer(group) or group.kind in shared]
     found: dict[str, list[Group]] = {}
     for group in inside or free:
         found.setdefault(sub_layer(group), []).append(group)
