@@ -5,8 +5,8 @@
 
 It is no transformers model: what comes back is the module itself. The channels of each expansion go
 by the size of their batch norms' scales (network slimming, Liu et al. 2017) times that of the
-weights that read them; statistics of the norms are then taken anew. The measure: how often both name
-the same of 1000 classes, on crops of photographs.
+weights that read them; statistics of the norms are then taken anew. The measure: how often both
+name the same of 1000 classes, on crops of photographs.
 """
 
 from __future__ import annotations
