@@ -150,9 +150,11 @@ def _controlled(coupling: CouplingGraph, limit: int, failures: list[Record]) -> 
     try:
         for control in oracle.wrong_slices(coupling, limit=limit):
             counts["inert" if control.inert else "made"] += 1
+            if control.inert:
+                continue
             if control.caught(TOLERANCE):
                 counts["caught"] += 1
-            elif not control.inert:
+            else:
                 missed.append(f"{control.group}: {control.parameter}[{control.axis}]")
     except (PrunecError, RuntimeError, AssertionError) as error:
         failures.append(_failure("controls", "crash", error))

@@ -99,7 +99,9 @@ def _totals(records: list[Record]) -> list[str]:
     controls: Counter[str] = Counter()
     for record in records:
         checks.update({k: v for k, v in record.get("checks", {}).items() if k != "worst"})
-        controls.update({k: v for k, v in record.get("controls", {}).items() if k != "missed"})
+        found = record.get("controls", {})
+        controls.update({k: v for k, v in found.items() if k in ("made", "inert")})
+        controls["caught"] += found.get("made", 0) - len(found.get("missed", ()))
     return [
         f"{checks['exact']} checks exact within 1e-9, {checks['kept']} of them against "
         f"kept-count statistics, {checks['vacuous']} vacuous (removing the units moves nothing). "

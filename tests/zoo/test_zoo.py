@@ -25,9 +25,9 @@ SUBSET = (
 
 # one of every way in which sub-layers differ from layer to layer in a directory
 DELIVERED = (
-    *("gpt2", "gptj", "bloom", "falcon", "phi3", "llama", "mixtral", "deepseek_v2", "gpt_oss"),
-    *("mamba", "mamba2", "recurrent_gemma", "xlnet", "opt", "encoder/bert", "seq2seq/t5"),
-    *("vision/vit", "vision/resnet", "vision/convnext", "audio/wav2vec2", "image/llava"),
+    *("gpt2", "gptj", "bloom", "falcon", "llama", "mixtral", "deepseek_v2", "gpt_oss", "jetmoe"),
+    *("mamba2", "bamba", "lfm2", "rwkv", "xlnet", "encoder/bert", "seq2seq/bart"),
+    *("vision/vit", "vision/resnet", "vision/convnext", "audio/wav2vec2", "image/internvl"),
 )
 
 # what torch.export or transformers cannot do with inputs of token ids alone
