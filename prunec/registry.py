@@ -22,7 +22,7 @@ def names(group: str) -> list[str]:
     """Sorted names of the plug-ins that are installed in a group, such as ``importance``.
 
     >>> names("allocation")
-    ['global', 'layer-range', 'log-increase', 'similarity-softmax', 'uniform']
+    ['global', 'layer-range', 'log-increase', 'search', 'similarity-softmax', 'uniform']
     """
     return sorted(_declared(group))
 
