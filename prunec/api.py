@@ -539,6 +539,10 @@ def _deliver(
     sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
     sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
     reference = _reference(coupling, weights.selection, tensors, plan)
+    if reference is not None and not weights.stored and _is_transformers(model):
+        with progress.task("compare with norms that know what is gone"), clock("verify"):
+            difference = verify_sliced(coupling, weights.selection, tensors)
+        checks = (*checks, f"sliced equals masked within {difference:.1e}")
     example = program.example if reference else _shrink_example(model, program.example)
     try:
         with clock("shrink and verify"):

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunec.codegen.battery import checks, outputs
+from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs
 from prunec.codegen.modeling_prunec import Pruned, first_tensor, skip
 from prunec.codegen.perturb import build, meta_model
 from prunec.codegen.reduce import Layers
-from prunec.codegen.twin import LazyTwin, assemble, tensors_of
+from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
 from prunec.errors import ExportError
 from prunec.graph.selection import Extent, Sliced
 
@@ -25,8 +25,10 @@ Returns = str | list[str | None] | None  # as modeling_prunec's table says it
 
 def without_branches(
     model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]
-) -> Iterator[tuple[nn.Module, Sliced]]:
+) -> Iterator[tuple[nn.Module, Sliced, Mapping[str, str]]]:
     """Dense modules to slice in place of ``model``, the better first, each with its slicing.
+
+    The third item maps the names of its parameters to those of the model.
 
     Where whole layers are gone: the class with fewer layers. Else, and for what else is left out:
     modules that return zeros. Just the model itself where no branch was dropped.
@@ -34,16 +36,18 @@ def without_branches(
     Raises:
         ExportError: a branch is no set of modules, or returns what zeros cannot stand for.
     """
+    same = {name: name for name in sliced.weights}
     if not sliced.skip:
-        yield model, sliced
+        yield model, sliced, same
         return
     returned = _observe(model, sliced, example)
     shorter = _fewer_layers(model, sliced)
     if shorter is not None:
         base, layers = shorter
         rest = {new: r for path, r in returned.items() if (new := layers.rename(path)) is not None}
-        yield _skipping(base, rest), _renamed(sliced, layers)
-    yield _skipping(model, returned), sliced
+        origin = {new: old for old in same if (new := layers.rename(old)) is not None}
+        yield _skipping(base, rest), _renamed(sliced, layers), origin
+    yield _skipping(model, returned), sliced, same
 
 
 def _skipping(model: nn.Module, returned: Mapping[str, Returns]) -> nn.Module:
@@ -74,16 +78,23 @@ def _observe(model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]) ->
                 so="the class cannot leave it out",
                 fix="keep it",
             )
-    twin = LazyTwin(model, sliced).module.eval()
+    try:
+        return _returned(LazyTwin(model, sliced).module.eval(), sliced, example)
+    except FORWARD_ERRORS:  # a module that reads a child's weight itself finds it empty
+        twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
+        return _returned(twin, sliced, example)
+
+
+def _returned(twin: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]) -> dict[str, Returns]:
     found: dict[str, Returns] = {}
 
     def watch(path: str) -> Any:
         def see(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             like = first_tensor(args, kwargs)
             if isinstance(output, tuple):
-                found[path] = [_kind(item, like, path) for item in output]
+                found[path] = [_kind(item, like) for item in output]
             else:
-                found[path] = _kind(output, like, path)
+                found[path] = _kind(output, like)
 
         return twin.get_submodule(path).register_forward_hook(see, with_kwargs=True)
 
@@ -94,7 +105,7 @@ def _observe(model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]) ->
     return found
 
 
-def _kind(value: Any, like: Tensor, path: str) -> str | None:
+def _kind(value: Any, like: Tensor) -> str | None:
     """Zeros as this value: like the input, or with another last axis."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None

@@ -94,10 +94,10 @@ def shrink(
     _validate(model, sliced)
     with quiet():
         failure: PrunecError | None = None
-        for base, part in without_branches(model, sliced, example):
+        for base, part, origin in without_branches(model, sliced, example):
             try:
                 with progress.task("fit the module to its new sizes"):
-                    found = fit(base, part, example, reference)
+                    found = fit(base, part, example, _renaming(reference, origin))
                     small = assemble(base, part.weights, part.added).eval()
                     for path, values in found.attributes.items():
                         set_attributes(small.get_submodule(path), values)
@@ -113,6 +113,17 @@ def shrink(
                 failure = failure or error
         assert failure is not None
         raise failure
+
+
+def _renaming(reference: Reference | None, origin: Mapping[str, str]) -> Reference | None:
+    """The reference for a module whose parameters have other names."""
+    if reference is None:
+        return None
+
+    def renamed(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        return reference({origin[name]: tensor for name, tensor in weights.items()}, inputs)
+
+    return renamed
 
 
 def _finished(

@@ -88,18 +88,16 @@ def padded(model: nn.Module, sliced: Sliced, weights: Mapping[str, Tensor]) -> d
         if name in sliced.keep and id(tensor) not in full:
             full[id(tensor)] = scatter(tensor, sliced.keep[name], old[name].shape)
     kept = {name: full.get(id(tensor), tensor) for name, tensor in weights.items()}
-    return {**kept, **_absent(model, weights)}
+    return {**kept, **{name: zeros.clone() for name, zeros in _absent(model, weights).items()}}
 
 
 def _absent(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros, one number in memory, for each parameter of a branch that was left out."""
-    like = next(iter(weights.values()))
-    zero, made = like.new_zeros(()), dict[int, Tensor]()
-    for name, old in model.named_parameters(remove_duplicate=False):
-        if name not in weights:
-            made.setdefault(id(old), zero.expand(old.shape))
+    zero = next(iter(weights.values())).new_zeros(())
     named = model.named_parameters(remove_duplicate=False)
-    return {name: made[id(old)] for name, old in named if name not in weights}
+    missing = {name: old for name, old in named if name not in weights}
+    made = {id(old): zero.expand(old.shape) for old in missing.values()}
+    return {name: made[id(old)] for name, old in missing.items()}
 
 
 class LazyTwin:

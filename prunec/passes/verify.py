@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prunec.errors import VerifyError
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.masked import run_masked
 from prunec.graph.selection import Selection
 from prunec.passes.slice import pad_state, slice_program
 
@@ -26,15 +27,24 @@ def slicing_difference(
 ) -> float:
     """Relative difference between the sliced program and its full-size twin, zero where units went.
 
-    Exact (rounding aside) for every selection of groups that no norm or top-k runs over.
+    Where a norm, mean or top-k runs over the units, it is told what is gone (`run_masked`).
 
     Args:
         sliced: the program's tensors at their new sizes, compensated or not.
     """
     padded = pad_state(coupling, selection, sliced)
-    reference = coupling.program.run(padded, **dict(inputs))
+    if reduced_over(coupling, selection):
+        layout, program = coupling.layout, coupling.program
+        reference = run_masked(program, layout, selection, inputs, state=padded)
+    else:
+        reference = coupling.program.run(padded, **dict(inputs))
     result = slice_program(coupling, selection, sliced).run(None, **dict(inputs))
     return relative_difference(result, reference)
+
+
+def reduced_over(coupling: CouplingGraph, selection: Selection) -> bool:
+    """Whether a norm, mean or top-k runs over units that go: zeroed weights are no reference."""
+    return any(group.normalised and selection.touches(group.dim) for group in coupling.groups)
 
 
 def verify_sliced(
