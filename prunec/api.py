@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,9 +35,10 @@ from prunec.models.digest import tensor_digest
 from prunec.passes.allocation import Allocation, Uniform
 from prunec.passes.biases import with_biases
 from prunec.passes.budget import Budget, block_budget
+from prunec.passes.channels import HIDDEN, prune_channels, stream_sites
 from prunec.passes.checkpoint import opened_journal
 from prunec.passes.dense import dense_sites
-from prunec.passes.depth import choose_branches, drop, verify_dropped
+from prunec.passes.depth import choose_branches, drop, loaded, verify_dropped
 from prunec.passes.distributed import processes
 from prunec.passes.goal import Goal, block_parameters
 from prunec.passes.latency import paired_ratio
@@ -47,6 +48,7 @@ from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import SiteReport, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.scores import Origin, Scores, Shelf
+from prunec.passes.shallow import DEPTH_KINDS, Dropped, prune_depth
 from prunec.passes.sites import Skipped, find_sites, site_parameters
 from prunec.passes.slice import (
     Weights,
@@ -58,7 +60,7 @@ from prunec.passes.slice import (
 )
 from prunec.passes.survey import DenseSurvey
 from prunec.passes.target import Target, chosen_target
-from prunec.passes.verify import verify_sliced
+from prunec.passes.verify import reduced_over, verify_sliced
 from prunec.scoring import Batches, Scored, batches_of, score
 
 __all__ = [
@@ -88,6 +90,7 @@ class Report:
         block_parameters, parameters, flops: (before, after); FLOPs of one pass at the traced shape.
         sites: one entry a site, in the order they were pruned.
         skipped: groups of the wanted kinds that have no site, and why.
+        dropped: branches or blocks that were left out, in the order in which they went.
         checks: how the result was proven.
         calibration: digest and size of the calibration tokens.
         seconds: of each step.
@@ -103,6 +106,7 @@ class Report:
     flops: tuple[int, int]
     sites: tuple[SiteReport, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     checks: tuple[str, ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -126,6 +130,7 @@ class Report:
             "flops": list(self.flops),
             "sites": [{**vars(site), "kept": dict(site.kept)} for site in self.sites],
             "skipped": [vars(item) for item in self.skipped],
+            "dropped": [vars(item) for item in self.dropped],
             "checks": list(self.checks),
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
@@ -278,6 +283,13 @@ def prune(
         if device is not None:
             program = on_device(program, torch.device(device))
         coupling = couple(program)
+    if not (DEPTH_KINDS | {HIDDEN}).isdisjoint(chosen.units):
+        coupling = loaded(coupling, weights)
+        start = _Run(model, coupling, chosen, aim, seed, calibration, loss, clock, progress)
+        if HIDDEN in chosen.units:
+            return _prune_channels(start, criterion, compensation)
+        return _prune_depth(start, criterion)
+    with clock("trace"):
         sites, skipped = find_sites(coupling, chosen.units)
         if compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))
@@ -370,6 +382,80 @@ def prune(
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What a run was given, up to where width and depth part."""
+
+    model: nn.Module
+    coupling: CouplingGraph
+    recipe: Recipe
+    aim: Target
+    seed: int
+    calibration: Batches | None
+    loss: Loss | None
+    clock: _Clock
+    progress: Progress
+
+    def report(self, coupling: CouplingGraph, weights: Weights, **more: Any) -> Report:
+        return Report(
+            recipe=self.recipe,
+            ratio=self.aim.value if self.aim.kind == "ratio" else None,
+            seed=self.seed,
+            calibration=_describe(self.calibration),
+            **_sizes(self.coupling, coupling, weights),
+            **more,
+        )
+
+
+def _prune_depth(run: _Run, criterion: Any) -> Result:
+    """Whole branches or blocks go."""
+    _only(run.recipe, DEPTH_KINDS)
+    dense, batches = run.coupling, batches_of(run.calibration)
+    with run.clock("prune"):
+        goal = Goal.on(dense, run.aim)
+        units = run.recipe.units
+        names, dropped = prune_depth(dense, units, goal, criterion, batches, progress=run.progress)
+        coupling = drop(dense, names)
+    weights = Weights(coupling, coupling.program.state)
+    report = run.report(coupling, weights, dropped=dropped)
+    plan = Plan(dropped=names)
+    return _deliver(run.model, dense, coupling, weights, plan, report, run.clock, run.progress)
+
+
+def _prune_channels(run: _Run, criterion: Any, compensation: Any) -> Result:
+    """Features of the residual stream go."""
+    _only(run.recipe, {HIDDEN})
+    coupling, batches = run.coupling, batches_of(run.calibration)
+    with run.clock("prune"):
+        sites, names = stream_sites(coupling), criterion.statistics
+        prior = prior_statistics(
+            run.model, sites, names, batches, loss=run.loss, progress=run.progress
+        )
+        selection = prune_channels(
+            coupling,
+            sites,
+            Goal.on(coupling, run.aim),
+            criterion,
+            compensation,
+            coupling.program.state,
+            prior,
+            constraints=run.recipe.constraints,
+        )
+    weights = Weights(coupling, coupling.program.state, selection=selection)
+    report, plan = run.report(coupling, weights), Plan.of(coupling, selection)
+    return _deliver(run.model, coupling, coupling, weights, plan, report, run.clock, run.progress)
+
+
+def _only(recipe: Recipe, kinds: Collection[str]) -> None:
+    """Depth, the width of the stream and units inside blocks are runs of their own."""
+    others = [unit for unit in recipe.units if unit not in kinds]
+    if others:
+        raise PlanError(
+            f"units {', '.join(recipe.units)} cannot go in one run",
+            fix="prune one, then prune the result: prunec opens what it wrote",
+        )
+
+
+@dataclass(frozen=True)
 class Outline:
     """What a run would be asked to do: the part of a report that needs no weights and no data.
 
@@ -441,12 +527,10 @@ def apply_plan(
     clock = _Clock()
     with progress.task("trace the model"), clock("trace"):
         dense = couple(trace(model, example))
+        if plan.dropped or reduced_over(dense, plan.selection(dense)):  # proven on the whole model
+            dense, weights = loaded(dense, weights), None
         coupling = drop(dense, plan.dropped)
     selection = plan.selection(coupling)
-    if plan.dropped and weights is not None:
-        raise PlanError(
-            "branches are left out of models in memory only", fix="load the model: --in-memory"
-        )
     present = weights_of(coupling, weights, selection=selection)
     report = Report(recipe=None, ratio=None, seed=0, **_sizes(dense, coupling, present))
     return _deliver(model, dense, coupling, present, plan, report, clock, progress)

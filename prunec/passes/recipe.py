@@ -57,7 +57,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: what is pruned, how units are ranked, how much each block gives, what mends it."""
+    """A method: what is pruned, how units are ranked, how much each block gives, what mends it.
+
+    ``modes`` are named settings that ``mode=NAME`` applies; without it the recipe is as it says.
+    """
 
     name: str
     summary: str
@@ -68,6 +71,7 @@ class Recipe:
     allocation: Part
     compensation: Part
     constraints: Constraints = field(default_factory=Constraints)
+    modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def override(self, settings: Mapping[str, Scalar | Sequence[str]]) -> Recipe:
         """This recipe with other settings: ``{"importance": "wanda", "allocation.first": 0.1}``.
@@ -84,6 +88,12 @@ class Recipe:
 
     def _set(self, key: str, value: Any) -> Recipe:
         head, _, option = key.partition(".")
+        if key == "mode" and self.modes:
+            if value not in self.modes:
+                raise PlanError(
+                    f"{self.name} has no mode {value!r}", fix=_nearest(str(value), [*self.modes])
+                )
+            return replace(self, modes={}).override(self.modes[value])
         if head == "units" and not option:
             return replace(self, units=tuple(value.split(",") if isinstance(value, str) else value))
         if head == "constraints":
@@ -92,7 +102,7 @@ class Recipe:
         if head not in PARTS:
             raise PlanError(
                 f"a recipe has no setting {key!r}",
-                fix=_nearest(head, [*PARTS, "units", "constraints"]),
+                fix=_nearest(head, [*PARTS, "units", "constraints", *["mode"][: len(self.modes)]]),
             )
         part: Part = getattr(self, head)
         if option:
@@ -117,6 +127,7 @@ class Recipe:
             "units": list(self.units),
             **parts,
             **({"constraints": limits} if (limits := self.constraints.to_dict()) else {}),
+            **({"modes": {k: dict(v) for k, v in self.modes.items()}} if self.modes else {}),
         }
 
     def to_yaml(self) -> str:
@@ -133,10 +144,11 @@ class Recipe:
                 raise PlanError(
                     f"a recipe has no setting {key!r}", where=where, fix=_nearest(str(key), known)
                 )
-        missing = [key for key in ("name", "units", *PARTS) if key not in data]
+        missing = [key for key in ("name", "units", "importance") if key not in data]
         if missing:
             raise PlanError(f"the recipe lacks {', '.join(missing)}", where=where)
-        parts = {head: _part(data[head], where=f"{where}: {head}") for head in PARTS}
+        plain = {"allocation": "uniform", "compensation": "none"}
+        parts = {h: _part({**plain, **data}[h], where=f"{where}: {h}") for h in PARTS}
         return cls(
             name=str(data["name"]),
             summary=str(data.get("summary", "")),
@@ -147,6 +159,7 @@ class Recipe:
             constraints=Constraints.from_dict(
                 data.get("constraints", {}), where=f"{where}: constraints"
             ),
+            modes=_modes(data.get("modes", {}), where=f"{where}: modes"),
         )
 
 
@@ -220,6 +233,12 @@ _PLAIN: Mapping[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a word"),
     NoneType: ((NoneType,), "null"),
 }
+
+
+def _modes(data: Any, *, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(data, dict) or not all(isinstance(mode, dict) for mode in data.values()):
+        raise PlanError("modes are a mapping of names to settings", where=where)
+    return {str(name): dict(mode) for name, mode in data.items()}
 
 
 def _part(data: Any, *, where: str) -> Part:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunec.errors import PlanError, PluginError, VerifyError
-from prunec.graph.coupling import block_of
+from prunec.graph.paths import block_of
 from prunec.graph.trace import trace
 from prunec.recovery.settings import Recovery
 

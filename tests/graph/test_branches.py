@@ -12,6 +12,7 @@ from prunec.errors import PlanError, VerifyError
 from prunec.graph.branches import Branch, blocks
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.dropping import drop_branches, silence
 from prunec.graph.trace import trace
 from prunec.passes import depth
 from prunec.passes.oracle import redraw
@@ -37,8 +38,8 @@ def names(coupling: CouplingGraph) -> list[str]:
 def exact(coupling: CouplingGraph, branch: Branch) -> bool:
     """Dropped equals silenced on redrawn weights, and the branch matters."""
     program = redraw(coupling.program)
-    result = depth.drop_branches(program, [branch]).run(None, **program.example)
-    silenced = depth.silence(program, [branch]).run(None, **program.example)
+    result = drop_branches(program, [branch]).run(None, **program.example)
+    silenced = silence(program, [branch]).run(None, **program.example)
     assert relative_difference(result, program.run(None, **program.example)) > 1e-3
     return relative_difference(result, silenced) < 1e-9
 
@@ -200,8 +201,8 @@ def test_a_wrong_region_is_caught() -> None:
     coupling = coupling_of_two()
     first, second = coupling.branches
     program = redraw(coupling.program)
-    dropped = depth.drop_branches(program, [first]).run(None, **program.example)
-    other = depth.silence(program, [second]).run(None, **program.example)
+    dropped = drop_branches(program, [first]).run(None, **program.example)
+    other = silence(program, [second]).run(None, **program.example)
     assert relative_difference(dropped, other) > 1e-3
 
 

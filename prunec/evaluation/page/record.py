@@ -11,7 +11,7 @@ from typing import Any
 from prunec.codegen.rewrite import read_record
 from prunec.errors import ModelError
 from prunec.evaluation.comparison import Evaluation
-from prunec.graph.coupling import block_of
+from prunec.graph.paths import block_of
 
 
 @dataclass(frozen=True)

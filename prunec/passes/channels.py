@@ -1,0 +1,125 @@
+"""The channel pass: features of the residual stream go, everywhere at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from prunec.errors import PlanError
+from prunec.graph.cost import Counts, flops, parameter_count
+from prunec.graph.coupling import CouplingGraph, Group
+from prunec.graph.selection import Keep, Selection
+from prunec.importance.curves import Criterion
+from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.passes.constraints import Constraints
+from prunec.passes.goal import Goal, amount, block_parameters
+from prunec.passes.sites import Site, site_problem
+
+HIDDEN = "hidden"
+
+
+def stream_sites(coupling: CouplingGraph) -> list[Site]:
+    """One for each group of features of the stream, read by many weights; it has no calls.
+
+    Its parameter is the matrix that reads the features last, such as the head.
+
+    Raises:
+        PlanError: the stream cannot lose features.
+    """
+    groups = [group for group in coupling.groups if group.kind == HIDDEN]
+    if not groups:
+        raise PlanError(
+            "the features of the residual stream cannot be pruned",
+            fix="see `prunec analyze --why`",
+        )
+    return [_site(coupling, group) for group in groups]
+
+
+def _site(coupling: CouplingGraph, group: Group) -> Site:
+    matrices = [m for m in group.members if len(coupling.layout.parameters[m.parameter]) == 2]
+    last = (matrices or list(group.members))[-1]
+    return Site(last.parameter, last.axis, (), (), (group,), group.block)
+
+
+def prune_channels(
+    coupling: CouplingGraph,
+    sites: Sequence[Site],
+    goal: Goal,
+    criterion: Criterion,
+    compensation: Any,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+    *,
+    constraints: Constraints,
+) -> Selection:
+    """Keep the features that the criterion ranks highest, as many as come nearest to the target.
+
+    Several streams lose the same part of their features.
+
+    Args:
+        statistics: of gradients, where the criterion reads them (LLM-Pruner's "channel" mode:
+            the score of a feature adds up over embeddings, norms, every matrix and the head).
+
+    Raises:
+        PlanError: a criterion or compensation that looks at the input of one weight, or a target
+            that features do not change.
+    """
+    names = criterion.statistics | compensation.statistics
+    if names - set(GRADIENT_STATISTICS):
+        raise PlanError(
+            "features of the residual stream are read by many weights, not at one site",
+            so=f"{', '.join(sorted(names))} cannot be taken",
+            fix="use importance=magnitude, random, taylor or fisher, and compensation=none",
+        )
+    left = _numbers_left(coupling, [site.groups[0] for site in sites], goal, constraints)
+    keeps = {}
+    for site in sites:
+        (group,) = site.groups
+        problem = site_problem(site, coupling, tensors)
+        curve = criterion.rank(problem, statistics)
+        kept = curve.keep(problem, group.size - left[group.name])[group.name]
+        keeps[group.dim] = Keep(kept.reshape(-1))
+    return Selection(keeps)
+
+
+def _numbers_left(
+    coupling: CouplingGraph, groups: Sequence[Group], goal: Goal, constraints: Constraints
+) -> dict[str, int]:
+    """Features kept of each group: the part for which the cost is nearest to what is to be left."""
+    largest = max(groups, key=lambda group: group.size)
+    wanted, best, found = goal.of - goal.remove, goal.of, dict[str, int]()
+    for units in range(1, largest.size):
+        counts = {g.name: _rounded(g, units / largest.size, constraints) for g in groups}
+        if any(counts[group.name] < max(1, group.minimum) for group in groups):
+            continue
+        cost = _cost(coupling, goal, {group.dim: counts[group.name] for group in groups})
+        if abs(cost - wanted) < abs(best - wanted):
+            best, found = cost, counts
+    if not found:
+        raise PlanError(
+            f"{goal.target}: no number of features comes nearer than all of them",
+            so=f"{amount(goal.target.kind, goal.remove)} were to go",
+            fix="ask for more, or loosen the constraints",
+        )
+    return found
+
+
+def _rounded(group: Group, part: float, constraints: Constraints) -> int:
+    step = constraints.step(group)
+    return round(part * group.size / step) * step
+
+
+def _cost(coupling: CouplingGraph, goal: Goal, counts: Counts) -> float:
+    kind = goal.target.kind
+    if kind == "ratio":
+        return sum(block_parameters(coupling, counts).values())
+    if kind == "params":
+        return parameter_count(coupling, counts)
+    if kind == "flops":
+        return flops(coupling, counts)
+    raise PlanError(
+        f"{goal.target}: the width of the stream is chosen by ratio, params or flops",
+        fix="use --ratio",
+    )
