@@ -68,6 +68,7 @@ def test_every_group_is_exact(model_type: str) -> None:
     assert_exact(model_type, controls=6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_directories_of_every_operator_family_reopen_in_one_process(tmp_path: Path) -> None:
     """Every kind of sub-layer smaller, otherwise in each layer; the same logits to the bit."""
