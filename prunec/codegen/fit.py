@@ -70,16 +70,30 @@ def fit(
     """
     found = candidates(model, sliced)
     few = WHOLE if reference is not None else representative_layers(model, found)
-    for layers in (few, WHOLE) if few.kept else (WHOLE,):
-        short, part = reduced(model, sliced, layers)
-        drawn = redraw(short, part)
-        twin = assemble(short, padded(short, part, drawn.weights), drawn.added).eval()
-        with attribute_reads(twin) as reads:
-            wanted = usable(twin, checks(twin, example))
-            wanted = wanted or usable(twin, checks(twin, example, (own_shape(example),)))
-        if wanted:
-            break
-    else:
+    if few.kept:
+        try:
+            return _fit_on(few, found, model, sliced, example, None)
+        except ExportError as error:
+            # A layer with one KV head cannot tell two repeat counts apart; another one may.
+            log.info("a few layers do not settle it, all are tried: %s", error)
+    return _fit_on(WHOLE, found, model, sliced, example, reference)
+
+
+def _fit_on(
+    layers: Layers,
+    found: Sequence[Candidate],
+    model: nn.Module,
+    sliced: Sliced,
+    example: Mapping[str, Tensor],
+    reference: Reference | None,
+) -> Fit:
+    short, part = reduced(model, sliced, layers)
+    drawn = redraw(short, part)
+    twin = assemble(short, padded(short, part, drawn.weights), drawn.added).eval()
+    with attribute_reads(twin) as reads:
+        wanted = usable(twin, checks(twin, example))
+        wanted = wanted or usable(twin, checks(twin, example, (own_shape(example),)))
+    if not wanted:
         raise ExportError(
             "the model does not run on its example inputs", where=type(model).__name__
         )

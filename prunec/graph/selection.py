@@ -210,12 +210,15 @@ class Selection:
         flat = tensor.reshape(-1)[torch.from_numpy(index).to(tensor.device)]
         return flat.reshape([self.size(d) for d in dims])
 
-    def extents(self, dim: Dim) -> Iterator[tuple[int, int]]:
-        """(old, new) of this axis and of every factor, run of factors and segment that changed."""
+    def extents(self, dim: Dim) -> Iterator[tuple[tuple[Dim, ...], int, int]]:
+        """(whose, old, new) of this axis and of every factor, run and segment that changed.
+
+        Whose it is tells extents apart that have the same sizes: 3 of 3 groups by 3 of 3 heads.
+        """
         root = dim.root
         if not self.touches(root):
             return
-        yield root.size, self.size(root)
+        yield (root,), root.size, self.size(root)
         parts = root.parts
         for part in parts:
             yield from self.extents(part)
@@ -225,6 +228,7 @@ class Selection:
                     run = parts[start:stop]
                     if any(self.touches(part) for part in run):
                         yield (
+                            tuple(part.root for part in run),
                             math.prod(p.size for p in run),
                             math.prod(self.size(p) for p in run),
                         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from prunec.errors import ModelError
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.dims import Dim
 from prunec.graph.program import Program
 from prunec.graph.resize import ResizedCall, resized_call
 from prunec.graph.selection import Extent, Selection, Sliced
@@ -246,7 +248,7 @@ def sliced_parameters(
         alias: name for alias, name in program.tied.items() if name in owned
     }
     keep = {}
-    carriers: dict[tuple[int, int], set[str]] = {}
+    carriers: dict[tuple[tuple[Dim, ...], int, int], set[str]] = {}
     for alias, name in names.items():
         dims = layout.parameters[name]
         masks = [selection.mask(dim) for dim in dims]
@@ -255,12 +257,18 @@ def sliced_parameters(
         for dim in dims:
             for extent in selection.extents(dim):
                 carriers.setdefault(extent, set()).add(alias)
-    extents = tuple(
-        Extent(old, new, frozenset(carried))
-        for (old, new), carried in sorted(carriers.items())
-        if old != new
-    )
     weights = {alias: tensors[name] for alias, name in names.items()}
     added = added_parameters(program, tensors)
     reader = None if stored is None else _Renamed(stored, {**names, **{n: n for n in added}})
-    return Sliced(weights=weights, keep=keep, extents=extents, added=added, stored=reader)
+    return Sliced(weights=weights, keep=keep, extents=_merged(carriers), added=added, stored=reader)
+
+
+def _merged(carriers: Mapping[tuple[tuple[Dim, ...], int, int], set[str]]) -> tuple[Extent, ...]:
+    """One extent for what is alike in many layers: the same sizes, in the same parameters."""
+    alike: dict[tuple[int, int, frozenset[str]], set[str]] = {}
+    for (_, old, new), names in carriers.items():
+        if old != new:
+            role = frozenset(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name) for name in names)
+            alike.setdefault((old, new, role), set()).update(names)
+    ordered = sorted(alike.items(), key=lambda item: (*item[0][:2], sorted(item[0][2])))
+    return tuple(Extent(old, new, frozenset(names)) for (old, new, _), names in ordered)
