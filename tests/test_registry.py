@@ -41,10 +41,15 @@ def message(group: str, name: str) -> str:
 
 def test_the_built_ins_are_declared() -> None:
     assert registry.names("importance") == [
+        "feature-space",
+        "fisher",
         "fluctuation",
         "magnitude",
         "obs",
+        "pearson",
         "random",
+        "slimllm",
+        "taylor",
         "wanda",
     ]
     assert {"log-increase", "uniform"} <= set(registry.names("allocation"))
@@ -69,7 +74,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         message("importance", "magnitud"),
         """\
 no importance named 'magnitud'
-  fix  did you mean 'magnitude'? There are: fluctuation, magnitude, obs, random, wanda""",
+  fix  did you mean 'magnitude'? There are: feature-space, fisher, fluctuation, magnitude, obs, pearson, random, slimllm, taylor, wanda""",
     )
 
 
