@@ -164,7 +164,7 @@ def _branch(
     return Branch(
         name=f"{path}/{kind}" if path else kind,
         kind=kind,
-        block=module_path(total),
+        block=module_path(total) if indexed_modules(module_path(total)) else path,
         total=total,
         exit=term,
         stream=total,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,10 +89,11 @@ def _numbers_left(
     coupling: CouplingGraph, groups: Sequence[Group], goal: Goal, constraints: Constraints
 ) -> dict[str, int]:
     """Features kept of each group: the part for which the cost is nearest to what is to be left."""
+    heads = _heads(coupling)
     largest = max(groups, key=lambda group: group.size)
     wanted, best, found = goal.of - goal.remove, goal.of, dict[str, int]()
     for units in range(1, largest.size):
-        counts = {g.name: _rounded(g, units / largest.size, constraints) for g in groups}
+        counts = {g.name: _rounded(g, units / largest.size, constraints, heads) for g in groups}
         if any(counts[group.name] < max(1, group.minimum) for group in groups):
             continue
         cost = _cost(coupling, goal, {group.dim: counts[group.name] for group in groups})
@@ -106,9 +108,19 @@ def _numbers_left(
     return found
 
 
-def _rounded(group: Group, part: float, constraints: Constraints) -> int:
-    step = constraints.step(group)
+def _rounded(group: Group, part: float, constraints: Constraints, heads: int) -> int:
+    step = math.lcm(constraints.step(group), heads if group.size % heads == 0 else 1)
     return round(part * group.size / step) * step
+
+
+def _heads(coupling: CouplingGraph) -> int:
+    """Heads of an attention, of which config classes want the width of the stream a multiple."""
+    sizes = [
+        math.prod([group.size, *(coupling[name].size for name in group.companions)])
+        for group in coupling.groups
+        if group.kind in ("head", "query_head")
+    ]
+    return math.lcm(*sizes) if sizes else 1
 
 
 def _cost(coupling: CouplingGraph, goal: Goal, counts: Counts) -> float:

@@ -17,6 +17,7 @@ from prunec.graph.dropping import drop_branches
 from prunec.graph.trace import trace
 from prunec.importance.influence import BlockInfluence, Divergence
 from prunec.passes.plan import GroupKeep, Plan
+from prunec.passes.recipe import load_recipe
 from prunec.passes.shallow import depth_units
 
 SIZES = {
@@ -108,6 +109,12 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits
 
 
+def reopened(result: prunec.Result, folder: Path) -> T.PreTrainedModel:
+    """Written, proven in a fresh process, and opened by us."""
+    result.save(folder)
+    return prunec.load(folder)
+
+
 def test_short_gpt_delivers_a_stock_model_with_fewer_layers(tmp_path: Path) -> None:
     model, batches = tiny(), data()
     result = prunec.prune(model, recipe="short-gpt", ratio=0.3, calibration=batches)
@@ -137,3 +144,118 @@ def test_llm_pruner_layer_keeps_the_first() -> None:
         "model.layers.2",
     ]
     assert result.model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llm_pruner_channel_delivers_a_smaller_hidden_size(tmp_path: Path, tied: bool) -> None:
+    model, batches = tiny(num_hidden_layers=2, tie_word_embeddings=tied), data()
+    result = prunec.prune(
+        model, recipe="llm-pruner", ratio=0.25, calibration=batches, settings={"mode": "channel"}
+    )
+    assert result.report.realised_ratio == pytest.approx(0.222, abs=0.001)
+    config = result.model.config
+    assert (config.hidden_size, config.head_dim) == (28, 10)
+    again = T.AutoModelForCausalLM.from_pretrained(_saved(result, tmp_path / "m"))
+    assert torch.equal(logits(again, batches[0]), logits(result.model, batches[0]))
+    shared = again.lm_head.weight is again.model.embed_tokens.weight
+    assert shared is tied
+    (group,) = [g for g in result.plan.groups if g.endswith("hidden")]
+    index = torch.tensor(result.plan.groups[group].rows[()])
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight[:, index])
+
+
+def test_single_branches_and_width_together_and_once_more(tmp_path: Path) -> None:
+    """Skips in the generated class: reopened, generating, pruned again."""
+    model, batches = tiny(), data()
+    coupling = coupling_of(model)
+    ffn = [group for group in coupling.groups if group.kind == "ffn_channel"]
+    keep = {
+        group.name: GroupKeep(group.size, {(): tuple(range(20 - i))}) for i, group in enumerate(ffn)
+    }
+    del keep[ffn[2].name]
+    plan = Plan(keep, ("model.layers.0/attention", "model.layers.2/mlp"))
+    result = prunec.apply_plan(model, plan, example=batches[0])
+    again = reopened(result, tmp_path / "m")
+    assert torch.equal(logits(again, batches[0]), logits(result.model, batches[0]))
+    assert not [n for n, _ in again.named_parameters() if n.startswith("model.layers.2.mlp")]
+    _generates(again, model)
+    once_more = Plan(dropped=("model.layers.3/attention",))
+    second = prunec.apply_plan(again, once_more, example=batches[0])
+    third = reopened(second, tmp_path / "n")
+    assert set(third.config.prunec["skip"]) > set(again.config.prunec["skip"])
+    _generates(third, model)
+
+
+def _generates(model: T.PreTrainedModel, dense: T.PreTrainedModel) -> None:
+    """Cached decoding equals uncached, with left padding, in dynamic and static caches."""
+    inputs = data(1)[0]
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :4] = 0
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    plain = model.generate(**inputs, **settings, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **settings), plain)
+    static = model.generate(
+        **inputs, **settings, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(static, plain)
+
+
+def test_counting_is_what_keeps_caches_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without it a model that lost its first attention is refused."""
+    from prunec.codegen.modeling_prunec import Skipped
+    from prunec.errors import VerifyError
+
+    monkeypatch.setattr(Skipped, "_count", lambda self, cache, value: None)
+    with pytest.raises(VerifyError, match="differs from the masked model"):
+        prunec.apply_plan(tiny(), Plan(dropped=("model.layers.0/attention",)), example=data(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"importance": "obs"}, "ranks units of width"),
+        ({"units": "block,mlp"}, "cannot be units of one run"),
+        ({"units": "mixer"}, "no residual branches of kind mixer"),
+        ({"units": "block,ffn_channel"}, "cannot go in one run"),
+        ({"units": "hidden", "importance": "wanda"}, "read by many weights"),
+        ({"mode": "block"}, "no setting 'mode'"),
+    ],
+)
+def test_what_does_not_go_together(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        prunec.prune(tiny(), recipe="short-gpt", calibration=data(1), settings=settings)
+
+
+def test_modes_of_a_recipe() -> None:
+    recipe = load_recipe("llm-pruner")
+    assert recipe.override({"mode": "channel"}).units == ("hidden",)
+    assert recipe.override({"mode": "block"}).units == recipe.units
+    with pytest.raises(PlanError, match="no mode 'chanel'"):
+        recipe.override({"mode": "chanel"})
+
+
+class Plain(nn.Module):
+    """Residual blocks of a module that is not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_plain_module_loses_a_block() -> None:
+    torch.manual_seed(0)
+    model, x = Plain().eval(), torch.randn(4, 6)
+    result = prunec.prune(model, recipe="short-gpt", ratio=0.3, calibration=[{"x": x}])
+    (gone,) = (dropped.unit for dropped in result.report.dropped)
+    wanted = x
+    for i, block in enumerate(model.blocks):
+        wanted = wanted if gone == f"blocks.{i}" else wanted + block(wanted)
+    assert torch.allclose(result.model(x), wanted, atol=1e-6)
+    assert result.report.parameters == (369, 246)
