@@ -1,0 +1,1 @@
+"""A run from end to end: what joins the analysis, the passes and what leaves."""

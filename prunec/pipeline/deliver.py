@@ -1,0 +1,128 @@
+"""The last step of a run: prove the rewriting, and shrink the user's own module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunec.codegen.fit import Reference
+from prunec.codegen.shrink import shrink
+from prunec.errors import ExportError, ModelError
+from prunec.events import Progress
+from prunec.graph.cost import flops, parameter_count
+from prunec.graph.coupling import CouplingGraph
+from prunec.graph.selection import Selection
+from prunec.models import example_inputs
+from prunec.passes.depth import choose_branches, verify_dropped
+from prunec.passes.goal import block_parameters
+from prunec.passes.plan import Plan
+from prunec.passes.slice import (
+    Weights,
+    added_parameters,
+    bound_module,
+    slice_program,
+    sliced_parameters,
+)
+from prunec.passes.verify import verify_sliced
+from prunec.pipeline.clock import Clock
+from prunec.pipeline.result import Report, Result
+
+
+def sizes(dense: CouplingGraph, coupling: CouplingGraph, weights: Weights) -> dict[str, Any]:
+    """Before and after; biases that were fitted where there was none count as the result's."""
+    counts = weights.selection.counts
+    added = added_parameters(coupling.program, weights)
+    fitted = sum(bias.numel() for bias in added.values())
+    before, after = block_parameters(dense), block_parameters(coupling, counts)
+    return {
+        "block_parameters": (sum(before.values()), sum(after.values()) + fitted),
+        "parameters": (parameter_count(dense), parameter_count(coupling, counts) + fitted),
+        "flops": (flops(dense), flops(coupling, counts)),
+    }
+
+
+def deliver(
+    model: nn.Module,
+    dense: CouplingGraph,
+    coupling: CouplingGraph,
+    weights: Weights,
+    plan: Plan,
+    report: Report,
+    clock: Clock,
+    progress: Progress,
+) -> Result:
+    """Prove the rewriting, and put the weights into a smaller module of the same class.
+
+    Args:
+        dense: of the whole model.
+        coupling: of what is left without the plan's dropped branches.
+        weights: of the latter, sliced.
+    """
+    shown = weights.shapes() if weights.stored else weights
+    added, checks = coupling.program.added, tuple[str, ...]()
+    tensors = {n: (weights if n in added else shown).read(n) for n in shown}
+    program = slice_program(coupling, weights.selection, tensors)
+    if plan.dropped:
+        with progress.task("compare with silenced branches"), clock("verify"):
+            difference = verify_dropped(dense, plan.dropped)
+        checks = (f"dropping equals silencing within {difference:.1e}",)
+    if not _is_transformers(model):
+        with progress.task("compare with the masked model"), clock("verify"):
+            difference = verify_sliced(coupling, weights.selection, tensors)
+        checks = (*checks, f"sliced equals masked within {difference:.1e}")
+    stored = weights if weights.stored else None
+    sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
+    sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
+    reference = _reference(coupling, weights.selection, tensors, plan)
+    if reference is not None and not weights.stored and _is_transformers(model):
+        with progress.task("compare with norms that know what is gone"), clock("verify"):
+            difference = verify_sliced(coupling, weights.selection, tensors)
+        checks = (*checks, f"sliced equals masked within {difference:.1e}")
+    example = program.example if reference else _shrink_example(model, program.example)
+    try:
+        with clock("shrink and verify"):
+            shrunk = shrink(model, sliced, example=example, reference=reference, progress=progress)
+    except ExportError as error:
+        if _is_transformers(model):
+            raise
+        checks = (*checks, f"delivered as a graph: {error.message}")
+        report = replace(report, checks=checks, seconds=clock.seconds)
+        return Result(bound_module(program), plan, report, program)
+    report = replace(report, checks=(*checks, *shrunk.checks), seconds=clock.seconds)
+    return Result(shrunk.model, plan, report, program, shrunk)
+
+
+def _reference(
+    coupling: CouplingGraph, selection: Selection, tensors: Mapping[str, Tensor], plan: Plan
+) -> Reference | None:
+    """The sliced graph, where a norm or a router runs over removed units: zeroed ones then count.
+
+    None where the masked model is the truth, which holds at every shape.
+    """
+    if not any(coupling[name].normalised for name in plan.groups):
+        return None
+
+    def run(given: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        state = {name: given.get(name, tensor) for name, tensor in tensors.items()}
+        return slice_program(coupling, selection, state).run(None, **inputs)
+
+    return run
+
+
+def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Minimal inputs by keyword; the caller's own where they hold more, such as an image."""
+    own = {name: tensor for name, tensor in given.items() if name != "attention_mask"}
+    if not _is_transformers(model):
+        return own
+    try:
+        made = example_inputs(model)
+    except ModelError:
+        return own
+    return made if made.keys() >= {n for n, t in own.items() if t.is_floating_point()} else own
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")

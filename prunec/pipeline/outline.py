@@ -1,0 +1,71 @@
+"""What a run would do, without weights and without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from prunec.graph.cost import parameter_count
+from prunec.graph.coupling import couple
+from prunec.graph.trace import Example, trace
+from prunec.passes.allocation import Allocation, Uniform
+from prunec.passes.budget import block_budget
+from prunec.passes.goal import Goal, block_parameters
+from prunec.passes.recipe import Recipe
+from prunec.passes.sites import Skipped, find_sites, site_parameters
+from prunec.passes.target import Target
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run would be asked to do: the part of a report that needs no weights and no data.
+
+    Attributes:
+        block_parameters: of all repeated blocks, before.
+        goal: the target as it was asked for.
+        target: what is to go, in the goal's unit.
+        wanted: per site, (parameters it holds, parameters it is asked for); empty for an allocation
+            that looks at data first.
+        skipped: groups of the wanted kinds that have no site, and why.
+    """
+
+    block_parameters: int
+    goal: str
+    target: float
+    wanted: Mapping[str, tuple[int, int]]
+    skipped: tuple[Skipped, ...]
+
+
+def outline(
+    model: nn.Module, *, recipe: Recipe, target: float | Target, example: Example
+) -> Outline:
+    """How a run would split its target over the sites; weights may be on meta.
+
+    `target` is one, or a ratio of the repeated blocks' parameters.
+
+    Raises:
+        PlanError: the target cannot be reached.
+    """
+    coupling = couple(trace(model, example))
+    sites, skipped = find_sites(coupling, recipe.units)
+    goal = Goal.on(coupling, target)
+    sites = goal.concerned(sites)
+    allocation: Allocation = recipe.allocation.build("allocation")
+    looks = allocation.needs_data
+    budget = block_budget(
+        coupling, sites, Uniform() if looks else allocation, goal, constraints=recipe.constraints
+    )
+    return Outline(
+        block_parameters=sum(block_parameters(coupling).values()),
+        goal=str(goal.target),
+        target=goal.remove,
+        wanted={}
+        if looks
+        else {
+            site.name: (parameter_count(coupling, names=site_parameters(site)), budget.share(site))
+            for site in sites
+        },
+        skipped=tuple(skipped),
+    )

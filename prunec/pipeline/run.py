@@ -1,0 +1,119 @@
+"""What a run is given, common to all ways to prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunec.calibration import Calibration
+from prunec.events import Progress
+from prunec.graph.coupling import CouplingGraph, couple
+from prunec.graph.retarget import on_device
+from prunec.graph.trace import Loss, trace
+from prunec.passes.allocation import Allocation
+from prunec.passes.compensation import Compensation
+from prunec.passes.plan import Plan
+from prunec.passes.recipe import Recipe
+from prunec.passes.scores import Scores, Shelf
+from prunec.passes.slice import Weights
+from prunec.passes.target import Target
+from prunec.pipeline.clock import Clock
+from prunec.pipeline.deliver import deliver, sizes
+from prunec.pipeline.result import Report, Result
+from prunec.pipeline.scoring import Batches, batches_of
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call of `prunec.prune`; the attributes are its arguments.
+
+    The recipe's parts are built when the run is made, so that a wrong setting is said first.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    aim: Target
+    seed: int
+    calibration: Batches | None
+    loss: Loss | None
+    weights: Mapping[str, Tensor] | None
+    device: str | None
+    shelf: Shelf | None
+    progress: Progress
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        assert all((self.criterion, self.allocation, self.compensation))
+
+    @cached_property
+    def criterion(self) -> Any:
+        part = self.recipe.importance
+        if part.name == "random" and "seed" not in part.options:
+            part = self.recipe.override({"importance.seed": self.seed}).importance
+        return part.build("importance")
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        built: Allocation = self.recipe.allocation.build("allocation")
+        return built
+
+    @cached_property
+    def compensation(self) -> Compensation:
+        built: Compensation = self.recipe.compensation.build("compensation")
+        return built
+
+    @cached_property
+    def saved(self) -> Scores | None:
+        """The scores that an earlier run left on the shelf."""
+        return self.shelf.saved if self.shelf else None
+
+    @cached_property
+    def batches(self) -> list[Mapping[str, Tensor]]:
+        """The calibration inputs; none are needed where scores are saved."""
+        if self.saved and self.calibration is None:
+            return []
+        return batches_of(self.calibration)
+
+    def couple(self) -> CouplingGraph:
+        """The model's coupling graph, on the run's device."""
+        example = self.saved.example if self.saved and not self.batches else self.batches[0]
+        with self.progress.task("trace the model"), self.clock("trace"):
+            program = trace(self.model, example)
+            if self.device is not None:
+                program = on_device(program, torch.device(self.device))
+            return couple(program)
+
+    def deliver(
+        self,
+        dense: CouplingGraph,
+        coupling: CouplingGraph,
+        weights: Weights,
+        plan: Plan,
+        **reported: Any,
+    ) -> Result:
+        """The result and its report; `dense` is of the whole model, `coupling` of what is left."""
+        report = Report(
+            recipe=self.recipe,
+            ratio=self.aim.value if self.aim.kind == "ratio" else None,
+            seed=self.seed,
+            **{"calibration": described(self.calibration)} | reported,
+            **sizes(dense, coupling, weights),
+        )
+        args = (self.model, dense, coupling, weights, plan, report)
+        return deliver(*args, self.clock, self.progress)
+
+
+def described(calibration: Batches | None) -> dict[str, Any]:
+    """Digest and size of the calibration tokens, as a report holds them."""
+    if not isinstance(calibration, Calibration):
+        return {"batches": len(calibration or ())}
+    return {
+        "tokens": calibration.tokens,
+        "digest": calibration.digest,
+        "sources": list(calibration.sources),
+    }
