@@ -79,7 +79,7 @@ def test_a_target_and_constraints_hold_in_the_report() -> None:
         (("--hardware", "tpu"), "no hardware preset"),
         (("--protect", "9"), "cannot protect block 9"),
         (("--minutes", "3"), "no option 'minutes'"),
-        (("--recipe", "auto", "--effort", "slow"), "effort 'slow' is not possible"),
+        (("--recipe", "auto", "--effort", "slow"), "effort='slow' is not possible"),
         (("--min-ratio", "0.5", "--max-ratio", "0.2"), "not possible"),
     ],
 )

@@ -48,7 +48,7 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        assert all((self.criterion, self.allocation, self.compensation))
+        _ = self.criterion, self.allocation, self.compensation
 
     @cached_property
     def criterion(self) -> Any:
