@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_criterion_on_the_example(
     [
         (("--importance", "obss"), "did you mean 'obs'"),
         (("--importance", "obs", "--set", "dampin=1"), "did you mean 'damping'"),
-        (("--importance", "taylor", "--set", "term=third"), "term 'third' is not possible"),
+        (("--importance", "taylor", "--set", "term=third"), "term='third' is not possible"),
         (("--importance", "taylor"), "computes no loss of its own"),
         (("--set", "term=vector"), "no importance is named"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,6 +75,9 @@ class KilledAfter:
             raise Killed
 
     def update(self, description: str) -> None:
+        pass
+
+    def row(self, cells: Mapping[str, str]) -> None:
         pass
 
     def message(self, text: str) -> None:

@@ -34,6 +34,8 @@ class Progress:
             os._exit(9)
     def update(self, description):
         pass
+    def row(self, cells):
+        pass
     def message(self, text):
         pass
 

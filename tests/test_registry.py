@@ -41,9 +41,12 @@ def message(group: str, name: str) -> str:
 
 def test_the_built_ins_are_declared() -> None:
     assert registry.names("importance") == [
+        "block-influence",
+        "divergence",
         "feature-space",
         "fisher",
         "fluctuation",
+        "last-first",
         "magnitude",
         "obs",
         "pearson",
@@ -74,7 +77,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         message("importance", "magnitud"),
         """\
 no importance named 'magnitud'
-  fix  did you mean 'magnitude'? There are: feature-space, fisher, fluctuation, magnitude, obs, pearson, random, slimllm, taylor, wanda""",
+  fix  did you mean 'magnitude'? There are: block-influence, divergence, feature-space, fisher, fluctuation, last-first, magnitude, obs, pearson, random, slimllm, taylor, wanda""",
     )
 
 

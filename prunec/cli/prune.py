@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json as jsons
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 from prunec.cli import options
 from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
-from prunec.errors import ExportError, ModelError, PlanError
+from prunec.errors import CheckpointError, ExportError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from prunec import Plan, Result
@@ -110,7 +111,10 @@ def prune(
         bool, typer.Option("--dry-run", help="Say what each site would give; prune nothing.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run to the same OUT was stopped.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on where a run to OUT was killed; keep progress on Ctrl-C."
+        ),
     ] = False,
     recover: Annotated[
         str | None,
@@ -188,18 +192,21 @@ def prune(
         batches = None
         if calibration or not (scores and scores.exists()):
             batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
-        saved = None if dry_run or out is None else progress_folder(out)
-        with launched() as together:
-            screen.quiet = quiet or not together.first
-            result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
-        if not together.first:  # the first process writes
-            return
+        assert out
+        saved = progress_folder(out)
+        with _tidied(saved, keep=resume):
+            with launched() as together:
+                screen.quiet = quiet or not together.first
+                result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
+            if not together.first:  # the first process writes
+                return
+            save_result(result, out, source, screen, overwrite=overwrite)
+        remove_journal(saved)
     else:
         assert cut
         result = _apply(screen, source, cut)
-    if not dry_run and out:
-        save_result(result, out, source, screen, overwrite=overwrite)
-        remove_journal(progress_folder(out))
+        if not dry_run and out:
+            save_result(result, out, source, screen, overwrite=overwrite)
     show_report(screen, result.report)
     written = None if dry_run else str(out)
     record = {"model": model, "out": written, **result.report.to_json()}
@@ -222,6 +229,21 @@ def _push(out: Path, repo: str, screen: Screen) -> None:
     with screen.task(f"upload to {repo}"):
         address = push(out, repo)
     screen.message(f"Uploaded to {address}")
+
+
+@contextmanager
+def _tidied(folder: Path, *, keep: bool) -> Iterator[None]:
+    """An error or Ctrl-C leaves no progress behind, unless it is to be kept or is another run's."""
+    from prunec.passes.checkpoint import remove_journal
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException:
+        if not keep:
+            remove_journal(folder)
+        raise
 
 
 def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> Outline:

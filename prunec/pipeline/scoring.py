@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import Loss, trace
+from prunec.importance.influence import DepthCriterion
 from prunec.passes.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.prior import prior_statistics
 from prunec.passes.recipe import Part
@@ -30,6 +32,15 @@ def batches_of(calibration: Batches | None) -> list[Mapping[str, Tensor]]:
     if not given:
         raise PlanError("there are no calibration batches", fix="give at least one")
     return list(given)
+
+
+def check_width(criterion: Any) -> None:
+    """Raises PlanError for a criterion of whole branches or blocks, which ranks no units inside."""
+    if isinstance(criterion, DepthCriterion):
+        raise PlanError(
+            f"{type(criterion).__name__} ranks branches and blocks, not units inside them",
+            fix="prune depth (units=block), or take another importance",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ def score(
     """
     part = Part(importance, {}) if isinstance(importance, str) else importance
     criterion = part.build("importance")
+    check_width(criterion)
     batches = batches_of(calibration)
     with progress.task("trace the model"):
         coupling = couple(trace(model, batches[0]))

@@ -29,6 +29,7 @@ from prunec.passes.slice import Weights, weights_of
 from prunec.passes.survey import DenseSurvey
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run, described
+from prunec.pipeline.scoring import check_width
 
 
 def thin(run: Run, checkpoint: str | Path | None = None, *, resume: bool = False) -> Result:
@@ -37,6 +38,7 @@ def thin(run: Run, checkpoint: str | Path | None = None, *, resume: bool = False
     Args:
         checkpoint, resume: where progress is kept, and whether to go on from it.
     """
+    check_width(run.criterion)
     coupling, sites, skipped = _sites(run)
     weights = weights_of(coupling, run.weights, run.device)
     prior, scores = _measured(run, coupling, sites, weights)

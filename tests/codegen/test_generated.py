@@ -18,7 +18,7 @@ from prunec.codegen.modeling_prunec import LayerConfig
 
 def test_the_file_is_short_and_needs_transformers_and_torch_only() -> None:
     text = source(T.LlamaForCausalLM, T.LlamaConfig)
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 180
     tree = ast.parse(text)
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import prunec
 from prunec.errors import VerifyError
 from prunec.importance.fisher import Fisher
+from prunec.importance.influence import DepthCriterion
 from prunec.importance.problem import SiteProblem
 from prunec.importance.statistics import collector, statistic_of
 from prunec.importance.taylor import Taylor
@@ -73,7 +74,11 @@ def statistics_of(problem: SiteProblem, x: Tensor, kinds: frozenset[str]) -> dic
 
 
 CRITERIA = {
-    **{name: plugin("importance", name) for name in names("importance")},
+    **{
+        name: plugin("importance", name)
+        for name in names("importance")
+        if not isinstance(plugin("importance", name)(), DepthCriterion)
+    },
     "mixed": lambda: Taylor("mixed"),
     "masks": lambda: Fisher("masks"),
     "swapping obs": lambda: plugin("importance", "obs")(swap=True),
