@@ -302,10 +302,11 @@ def _class_text(
     inputs = "".join(f", {given}" for given in template.inputs)
     lines = [f"class {name}(nn.Module):", f'    """{where}"""', ""]
     if template.init or names:
-        lines.append(f"    def __init__(self{parameters}):")
+        lines += wrapped(f"    def __init__(self{parameters}):")
         lines.append("        super().__init__()")
         lines += [f"        self.{n} = {n}" for n in names.values() if n in stored]
-        lines += [f"        {filled(line, '')}" for line in template.init]
+        for line in template.init:
+            lines += wrapped(f"        {filled(line, '')}")
         lines.append("")
     lines.append(f"    def forward(self{inputs}):")
     for line in template.forward:
@@ -315,8 +316,11 @@ def _class_text(
 
 def wrapped(line: str) -> list[str]:
     """A statement, the arguments of its last call on lines of their own if it is too long."""
-    if len(line) <= _LINE or not line.endswith(")"):
-        return [line]
+    whole = line
+    line = whole.rstrip(":,")
+    tail = whole[len(line) :]
+    if len(whole) <= _LINE or not line.endswith(")"):
+        return [whole]
     depth, start, commas = 0, len(line), []
     for index in range(len(line) - 1, -1, -1):
         depth += {")": 1, "]": 1, "(": -1, "[": -1}.get(line[index], 0)
@@ -328,7 +332,7 @@ def wrapped(line: str) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     inside = line[start + 1 : -1]
     if len(indent) + 4 + len(inside) <= _LINE:
-        return [line[: start + 1], f"{indent}    {inside}", f"{indent})"]
+        return [line[: start + 1], f"{indent}    {inside}", f"{indent}){tail}"]
     cuts = [start, *reversed(commas), len(line) - 1]
     parts = [line[a + 1 : b].strip() for a, b in pairwise(cuts)]
-    return [line[: start + 1], *(f"{indent}    {part}," for part in parts), f"{indent})"]
+    return [line[: start + 1], *(f"{indent}    {part}," for part in parts), f"{indent}){tail}"]
