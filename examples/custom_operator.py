@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, silu
 
 import prunec
 from prunec.graph.rules import RULES
-from prunec.passes.oracle import check_groups
+from prunec.passes.oracles.oracle import check_groups
 
 CONTEXT = 12
 

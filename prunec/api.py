@@ -17,13 +17,13 @@ from prunec.graph.coupling import couple
 from prunec.graph.trace import Example, Loss, trace
 from prunec.passes.channels import HIDDEN
 from prunec.passes.depth import drop, loaded
+from prunec.passes.oracles.mask import reduced_over
 from prunec.passes.plan import Plan
 from prunec.passes.recipe import Recipe, load_recipe
-from prunec.passes.scores import Shelf
 from prunec.passes.shallow import DEPTH_KINDS
 from prunec.passes.slice import weights_of
-from prunec.passes.target import Target, chosen_target
-from prunec.passes.verify import reduced_over
+from prunec.passes.statistics.scores import Shelf
+from prunec.passes.targets.target import Target, chosen_target
 from prunec.pipeline.clock import Clock
 from prunec.pipeline.deliver import deliver, sizes
 from prunec.pipeline.outline import Outline, outline

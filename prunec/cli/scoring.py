@@ -13,8 +13,8 @@ from prunec.errors import PlanError
 if TYPE_CHECKING:
     from prunec.api import Scored
     from prunec.cli.console import Screen
-    from prunec.passes.dense import GroupScores
     from prunec.passes.recipe import Part
+    from prunec.passes.statistics.dense import GroupScores
 
 
 def build_importance(
@@ -65,7 +65,7 @@ def open_scored(
 
 def show_scores(screen: Screen, part: Part, groups: Sequence[GroupScores]) -> None:
     """A row a group: the loss that a unit adds when its turn comes, least first."""
-    from prunec.passes.dense import loss_shares
+    from prunec.passes.statistics.dense import loss_shares
 
     rows = []
     for group, share in zip(groups, loss_shares(groups), strict=True):
@@ -78,7 +78,7 @@ def show_scores(screen: Screen, part: Part, groups: Sequence[GroupScores]) -> No
 
 def describe_scores(groups: Sequence[GroupScores]) -> dict[str, Mapping[str, Any]]:
     """What the JSON says of each group."""
-    from prunec.passes.dense import loss_shares
+    from prunec.passes.statistics.dense import loss_shares
 
     shares = loss_shares(groups)
     return {g.group: g.to_json(share) for g, share in zip(groups, shares, strict=True)}

@@ -14,9 +14,9 @@ from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.selection import Keep, Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
-from prunec.passes.constraints import Constraints
-from prunec.passes.goal import Goal, amount, block_parameters
 from prunec.passes.sites import Site, site_problem
+from prunec.passes.targets.constraints import Constraints
+from prunec.passes.targets.goal import Goal, amount, block_parameters
 
 HIDDEN = "hidden"
 

@@ -11,7 +11,7 @@ from prunec.errors import PlanError, VerifyError
 from prunec.graph.branches import Branch
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dropping import drop_branches, silence
-from prunec.passes.verify import relative_difference
+from prunec.passes.oracles.mask import relative_difference
 
 
 def choose_branches(coupling: CouplingGraph, names: Sequence[str]) -> tuple[Branch, ...]:

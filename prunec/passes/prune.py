@@ -19,14 +19,14 @@ from prunec.graph.selection import BoolArray, Keep, Selection
 from prunec.importance.curves import Criterion, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
-from prunec.passes.budget import Budget
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
-from prunec.passes.compensation import Compensation
+from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
-from prunec.passes.measure import Measured, Measurement, Statistics
-from prunec.passes.scores import Scores
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
+from prunec.passes.statistics.measure import Measured, Measurement, Statistics
+from prunec.passes.statistics.scores import Scores
+from prunec.passes.targets.budget import Budget
 
 
 @dataclass(frozen=True)

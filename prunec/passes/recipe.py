@@ -14,7 +14,7 @@ import yaml
 
 from prunec import registry
 from prunec.errors import PlanError
-from prunec.passes.constraints import Constraints
+from prunec.passes.targets.constraints import Constraints
 
 Scalar = str | int | float | bool | None
 

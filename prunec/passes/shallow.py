@@ -13,9 +13,9 @@ from prunec.events import Progress, silent
 from prunec.graph.branches import Branch, blocks
 from prunec.graph.coupling import CouplingGraph
 from prunec.importance.influence import DepthCriterion, Units
-from prunec.passes.costs import measure_for
 from prunec.passes.depth import drop
-from prunec.passes.goal import Goal, amount, block_parameters
+from prunec.passes.targets.costs import measure_for
+from prunec.passes.targets.goal import Goal, amount, block_parameters
 
 BLOCK = "block"
 DEPTH_KINDS = frozenset({BLOCK, "attention", "mixer", "experts", "convolution", "mlp"})

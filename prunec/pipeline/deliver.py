@@ -17,7 +17,7 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.selection import Selection
 from prunec.models import example_inputs
 from prunec.passes.depth import choose_branches, verify_dropped
-from prunec.passes.goal import block_parameters
+from prunec.passes.oracles.mask import verify_sliced
 from prunec.passes.plan import Plan
 from prunec.passes.slice import (
     Weights,
@@ -26,7 +26,7 @@ from prunec.passes.slice import (
     slice_program,
     sliced_parameters,
 )
-from prunec.passes.verify import verify_sliced
+from prunec.passes.targets.goal import block_parameters
 from prunec.pipeline.clock import Clock
 from prunec.pipeline.result import Report, Result
 

@@ -10,12 +10,12 @@ from torch import nn
 from prunec.graph.cost import parameter_count
 from prunec.graph.coupling import couple
 from prunec.graph.trace import Example, trace
-from prunec.passes.allocation import Allocation, Uniform
-from prunec.passes.budget import block_budget
-from prunec.passes.goal import Goal, block_parameters
+from prunec.passes.allocation.uniform import Allocation, Uniform
 from prunec.passes.recipe import Recipe
 from prunec.passes.sites import Skipped, find_sites, site_parameters
-from prunec.passes.target import Target
+from prunec.passes.targets.budget import block_budget
+from prunec.passes.targets.goal import Goal, block_parameters
+from prunec.passes.targets.target import Target
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from prunec.events import Progress
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.retarget import on_device
 from prunec.graph.trace import Loss, trace
-from prunec.passes.allocation import Allocation
-from prunec.passes.compensation import Compensation
+from prunec.passes.allocation.uniform import Allocation
+from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.plan import Plan
 from prunec.passes.recipe import Recipe
-from prunec.passes.scores import Scores, Shelf
 from prunec.passes.slice import Weights
-from prunec.passes.target import Target
+from prunec.passes.statistics.scores import Scores, Shelf
+from prunec.passes.targets.target import Target
 from prunec.pipeline.clock import Clock
 from prunec.pipeline.deliver import deliver, sizes
 from prunec.pipeline.result import Report, Result

@@ -14,10 +14,10 @@ from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import Loss, trace
 from prunec.importance.influence import DepthCriterion
-from prunec.passes.dense import GroupScores, dense_sites, score_groups
-from prunec.passes.prior import prior_statistics
 from prunec.passes.recipe import Part
 from prunec.passes.sites import find_sites
+from prunec.passes.statistics.dense import GroupScores, dense_sites, score_groups
+from prunec.passes.statistics.prior import prior_statistics
 
 Batches = Calibration | Sequence[Mapping[str, Tensor]]
 

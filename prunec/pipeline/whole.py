@@ -7,12 +7,12 @@ from collections.abc import Collection
 from prunec.errors import PlanError
 from prunec.passes.channels import HIDDEN, prune_channels, stream_sites
 from prunec.passes.depth import drop, loaded
-from prunec.passes.goal import Goal
 from prunec.passes.plan import Plan
-from prunec.passes.prior import prior_statistics
 from prunec.passes.recipe import Recipe
 from prunec.passes.shallow import DEPTH_KINDS, prune_depth
 from prunec.passes.slice import Weights
+from prunec.passes.statistics.prior import prior_statistics
+from prunec.passes.targets.goal import Goal
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run
 

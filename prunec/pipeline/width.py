@@ -12,21 +12,21 @@ from torch import Tensor
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.models import state_digest
 from prunec.models.digest import tensor_digest
-from prunec.passes.biases import with_biases
-from prunec.passes.budget import Budget, block_budget
+from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.checkpoint import opened_journal
-from prunec.passes.dense import dense_sites
+from prunec.passes.compensation.biases import with_biases
 from prunec.passes.distributed import processes
-from prunec.passes.goal import Goal
-from prunec.passes.latency import paired_ratio
-from prunec.passes.measure import Statistics
 from prunec.passes.plan import Plan
-from prunec.passes.prior import prior_statistics
 from prunec.passes.prune import Pruned, prune_sites
-from prunec.passes.scores import Origin, Scores
 from prunec.passes.sites import Site, Skipped, find_sites
 from prunec.passes.slice import Weights, weights_of
-from prunec.passes.survey import DenseSurvey
+from prunec.passes.statistics.dense import dense_sites
+from prunec.passes.statistics.measure import Statistics
+from prunec.passes.statistics.prior import prior_statistics
+from prunec.passes.statistics.scores import Origin, Scores
+from prunec.passes.targets.budget import Budget, block_budget
+from prunec.passes.targets.goal import Goal
+from prunec.passes.targets.latency import paired_ratio
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run, described
 from prunec.pipeline.scoring import check_width

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes import oracle
+from prunec.passes.oracles import oracle
 
 TOLERANCE = 1e-9
 Forward = Callable[..., Tensor]

@@ -15,8 +15,8 @@ from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dropping import drop_branches, silence
 from prunec.graph.trace import trace
 from prunec.passes import depth
-from prunec.passes.oracle import redraw
-from prunec.passes.verify import relative_difference
+from prunec.passes.oracles.mask import relative_difference
+from prunec.passes.oracles.oracle import redraw
 
 WIDE = {"w": (6, 6), "v": (6, 6)}
 SMALL = {

@@ -13,7 +13,7 @@ from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.interpreter import Stream
 from prunec.graph.retarget import retarget
 from prunec.graph.trace import trace
-from prunec.passes.oracle import choose
+from prunec.passes.oracles.oracle import choose
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import Weights, slice_program, slice_state
 

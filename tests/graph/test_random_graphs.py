@@ -19,7 +19,7 @@ from random_programs import STEPS, Step, build
 
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes import oracle
+from prunec.passes.oracles import oracle
 from prunec.passes.slice import bound_module
 
 

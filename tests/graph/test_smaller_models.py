@@ -16,9 +16,9 @@ from torch import nn
 
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes.oracle import choose, redraw
+from prunec.passes.oracles.mask import relative_difference
+from prunec.passes.oracles.oracle import choose, redraw
 from prunec.passes.slice import slice_program, slice_state, sliced_parameters
-from prunec.passes.verify import relative_difference
 
 TOKENS = {"input_ids": torch.arange(5, 27).reshape(2, 11)}
 DECODER: dict[str, Any] = {

@@ -21,8 +21,8 @@ from prunec.importance.gradients import GRADIENT_STATISTICS, gradient_statistics
 from prunec.importance.statistics import statistic_of
 from prunec.importance.taylor import Taylor
 from prunec.models.loss import loss_samples, own_loss
-from prunec.passes.prior import prior_statistics
 from prunec.passes.sites import find_sites, site_problem
+from prunec.passes.statistics.prior import prior_statistics
 
 
 class Block(nn.Module):

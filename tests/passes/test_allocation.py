@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunec.errors import PlanError
-from prunec.passes.allocation import LogIncrease, Uniform
+from prunec.passes.allocation.uniform import LogIncrease, Uniform
 from prunec.registry import plugin
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import prunec
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes.biases import with_biases
-from prunec.passes.compensation import BiasCompensation
+from prunec.passes.compensation.biases import with_biases
+from prunec.passes.compensation.closed_form import BiasCompensation
 from prunec.passes.sites import find_sites
 
 UNITS = ("ffn_channel", "head", "query_head", "kv_group")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from prunec.errors import PlanError, VerifyError
 from prunec.importance.elimination import start
-from prunec.passes.compensation import (
+from prunec.passes.compensation.closed_form import (
     BiasCompensation,
     NoCompensation,
     ObsCompensation,
     ScaleBiasCompensation,
 )
-from prunec.passes.least_squares import LeastSquares
+from prunec.passes.compensation.least_squares import LeastSquares
 from prunec.registry import plugin
 
 

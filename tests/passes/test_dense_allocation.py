@@ -18,10 +18,10 @@ from prunec.errors import PlanError
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.importance.curves import Removal, RemovalCurve
-from prunec.passes.allocation import LayerRange
-from prunec.passes.context import Context, Room
-from prunec.passes.dense_allocation import Global, SimilaritySoftmax
-from prunec.passes.survey import DenseSurvey
+from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.dense import Global, SimilaritySoftmax
+from prunec.passes.allocation.survey import DenseSurvey
+from prunec.passes.allocation.uniform import LayerRange
 from prunec.registry import plugin
 
 

@@ -11,8 +11,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.importance.statistics import statistic_of
-from prunec.passes.dense import dense_sites, loss_shares, score_groups
 from prunec.passes.sites import find_sites
+from prunec.passes.statistics.dense import dense_sites, loss_shares, score_groups
 from prunec.registry import plugin
 
 

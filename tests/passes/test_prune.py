@@ -14,13 +14,13 @@ from prunec.errors import PlanError, VerifyError
 from prunec.graph.cost import parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes.budget import block_budget, block_parameters
+from prunec.passes.oracles.mask import slicing_difference
 from prunec.passes.plan import Plan
 from prunec.passes.prune import Pruned, prune_sites
 from prunec.passes.recipe import load_recipe
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import slice_program
-from prunec.passes.verify import slicing_difference
+from prunec.passes.targets.budget import block_budget, block_parameters
 
 LENGTH = 24
 

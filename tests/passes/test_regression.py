@@ -14,10 +14,10 @@ from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.interpreter import Stream
 from prunec.graph.selection import Keep, Selection
 from prunec.graph.trace import trace
-from prunec.passes.measure import Measurement
-from prunec.passes.regression import Regression, residual_offsets
+from prunec.passes.compensation.regression import Regression, residual_offsets
 from prunec.passes.sites import Site, find_sites
 from prunec.passes.slice import Weights, slice_program, slice_state
+from prunec.passes.statistics.measure import Measurement
 
 UNITS = ("ffn_channel", "head", "query_head", "kv_group")
 

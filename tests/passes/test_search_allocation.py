@@ -20,17 +20,17 @@ from torch import Tensor
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes.allocation import Allocation, LogIncrease
-from prunec.passes.budget import Budget, block_budget
-from prunec.passes.constraints import Constraints
-from prunec.passes.context import Context, Room
-from prunec.passes.evolution import Pool, evolve
-from prunec.passes.levels import cheapest_levels, stitch
+from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.evolution import Pool, evolve
+from prunec.passes.allocation.levels import cheapest_levels, stitch
+from prunec.passes.allocation.search import Search, perturbed, spared
+from prunec.passes.allocation.survey import DenseSurvey
+from prunec.passes.allocation.trials import split
+from prunec.passes.allocation.uniform import Allocation, LogIncrease
 from prunec.passes.recipe import load_recipe
-from prunec.passes.search import Search, perturbed, spared
 from prunec.passes.sites import Site, find_sites
-from prunec.passes.survey import DenseSurvey
-from prunec.passes.trials import split
+from prunec.passes.targets.budget import Budget, block_budget
+from prunec.passes.targets.constraints import Constraints
 
 SMALL = {"fit_tokens": 200, "held_tokens": 100, "levels": 4}
 

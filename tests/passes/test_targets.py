@@ -16,17 +16,17 @@ from prunec.errors import PlanError
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
-from prunec.passes.budget import Budget, block_budget, block_parameters
-from prunec.passes.constraints import Constraints, hardware
-from prunec.passes.costs import Flops, KvCache, Memory, Parameters
-from prunec.passes.goal import Goal, amount
-from prunec.passes.latency import LatencyMeasure, paired_ratio
+from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.prune import Pruned, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import slice_program
-from prunec.passes.survey import DenseSurvey
-from prunec.passes.target import Target, chosen_target
+from prunec.passes.targets.budget import Budget, block_budget, block_parameters
+from prunec.passes.targets.constraints import Constraints, hardware
+from prunec.passes.targets.costs import Flops, KvCache, Memory, Parameters
+from prunec.passes.targets.goal import Goal, amount
+from prunec.passes.targets.latency import LatencyMeasure, paired_ratio
+from prunec.passes.targets.target import Target, chosen_target
 
 
 def batches() -> list[dict[str, Tensor]]:

@@ -38,7 +38,7 @@ from zoo.deliver import deliver
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".zoo"
 BATCH = 20  # directories that one fresh process opens
-ANALYSIS = ("prunec/graph", "prunec/passes/slice.py", "prunec/passes/oracle.py")
+ANALYSIS = ("prunec/graph", "prunec/passes/slice.py", "prunec/passes/oracles/oracle.py")
 Record = dict[str, Any]
 
 

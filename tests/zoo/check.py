@@ -16,8 +16,8 @@ from prunec.graph.program import Program
 from prunec.graph.retarget import retarget
 from prunec.graph.rules import RULES
 from prunec.graph.trace import trace
-from prunec.passes import oracle
-from prunec.passes.verify import relative_difference
+from prunec.passes.oracles import oracle
+from prunec.passes.oracles.mask import relative_difference
 
 TOLERANCE = 1e-9
 SINGLE = 1e-4

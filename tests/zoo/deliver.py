@@ -24,7 +24,7 @@ from prunec.graph.coupling import CouplingGraph, Group, couple
 from prunec.graph.paths import common_path
 from prunec.graph.program import Program
 from prunec.graph.trace import trace
-from prunec.passes import oracle
+from prunec.passes.oracles import oracle
 from prunec.passes.plan import GroupKeep, Plan
 from prunec.passes.slice import slice_program, slice_state, sliced_parameters
 

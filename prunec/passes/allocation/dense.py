@@ -11,7 +11,7 @@ import numpy as np
 from prunec.errors import PlanError
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.problem import FloatArray
-from prunec.passes.context import Context
+from prunec.passes.allocation.context import Context
 
 
 @dataclass(frozen=True)

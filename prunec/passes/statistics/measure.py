@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from prunec.graph.interpreter import Reader, Stream
 from prunec.graph.selection import Selection
 from prunec.importance.statistics import Collector, collector, producer_statistics, statistic_of
+from prunec.passes.compensation.regression import Moments, Regression
 from prunec.passes.distributed import processes
-from prunec.passes.regression import Moments, Regression
 from prunec.passes.sites import Site
 
 Statistics = Mapping[str, Tensor]

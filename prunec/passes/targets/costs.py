@@ -12,8 +12,8 @@ from prunec.errors import PlanError
 from prunec.graph.cost import Counts, flops, node_flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim, extent
-from prunec.passes.latency import LatencyMeasure
 from prunec.passes.sites import Site, site_parameters
+from prunec.passes.targets.latency import LatencyMeasure
 
 UnitCounts = Mapping[str, int]
 """Units kept by group name; groups that are not named are whole."""
@@ -121,7 +121,7 @@ class KvCache:
 
 
 def measure_for(kind: str, coupling: CouplingGraph) -> Measure:
-    """The measure of a kind of target (see `prunec.passes.target.KINDS`)."""
+    """The measure of a kind of target (see `prunec.passes.targets.target.KINDS`)."""
     made: Mapping[str, Callable[[CouplingGraph], Measure]] = {
         "flops": Flops,
         "kv-cache": KvCache,

@@ -30,9 +30,9 @@ from prunec.importance.curves import Criterion, Removal, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
 from prunec.models.digest import state_digest
-from prunec.passes.compensation import Compensation
-from prunec.passes.measure import Statistics
+from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.sites import Site
+from prunec.passes.statistics.measure import Statistics
 
 _FORMAT = 1
 _INDEX = "scores.json"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 from prunec.errors import PlanError
 from prunec.events import Progress
 from prunec.importance.curves import RemovalCurve
-from prunec.passes.levels import Levels
+from prunec.passes.allocation.levels import Levels
 
 if TYPE_CHECKING:
-    from prunec.passes.budget import Budget
+    from prunec.passes.targets.budget import Budget
 
 
 @dataclass(frozen=True)

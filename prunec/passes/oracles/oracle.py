@@ -22,8 +22,8 @@ from prunec.graph.dims import Dim
 from prunec.graph.masked import run_masked
 from prunec.graph.program import Program
 from prunec.graph.selection import IntArray, Keep, Selection
+from prunec.passes.oracles.mask import relative_difference
 from prunec.passes.slice import pad_state, slice_program, slice_state
-from prunec.passes.verify import relative_difference
 
 VACUOUS = 1e-7
 

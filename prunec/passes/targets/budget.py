@@ -12,12 +12,12 @@ from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.problem import FloatArray
-from prunec.passes.allocation import Allocation
-from prunec.passes.constraints import Constraints, counts_along
-from prunec.passes.context import Context, Room, Survey
-from prunec.passes.costs import Measure, Parameters
-from prunec.passes.goal import TOLERANCE, Goal, amount, block_parameters
+from prunec.passes.allocation.context import Context, Room, Survey
+from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.sites import Site
+from prunec.passes.targets.constraints import Constraints, counts_along
+from prunec.passes.targets.costs import Measure, Parameters
+from prunec.passes.targets.goal import TOLERANCE, Goal, amount, block_parameters
 
 __all__ = ["TOLERANCE", "Budget", "block_budget", "block_parameters"]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from prunec.errors import PlanError
 from prunec.importance.problem import FloatArray
-from prunec.passes.allocation import LogIncrease
-from prunec.passes.context import Context, Room, Trials
-from prunec.passes.evolution import Genes, Pool, Shares, evolve
-from prunec.passes.levels import cheapest_levels
+from prunec.passes.allocation.context import Context, Room, Trials
+from prunec.passes.allocation.evolution import Genes, Pool, Shares, evolve
+from prunec.passes.allocation.levels import cheapest_levels
+from prunec.passes.allocation.uniform import LogIncrease
 
 Effort = Literal["fast", "normal", "max"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunec.errors import PlanError
 from prunec.importance.factorise import cholesky, damp
-from prunec.passes.regression import Regression
+from prunec.passes.compensation.regression import Regression
 
 CONSTANT = 1e-12
 """Below this part of its second moment a variance is rounding."""

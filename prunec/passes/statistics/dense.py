@@ -15,10 +15,10 @@ from prunec.graph.interpreter import Stream
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import FloatArray, SiteProblem, UnitSet
-from prunec.passes.measure import Measurement, Statistics
-from prunec.passes.regression import Regression
+from prunec.passes.compensation.regression import Regression
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
+from prunec.passes.statistics.measure import Measurement, Statistics
 
 
 def dense_sites(

@@ -9,10 +9,10 @@ from prunec.errors import PlanError
 from prunec.graph.cost import Counts, parameter_count
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.paths import blocks_of
-from prunec.passes.costs import Measure, Parameters, measure_for
-from prunec.passes.latency import LatencyMeasure
 from prunec.passes.sites import Site
-from prunec.passes.target import Target
+from prunec.passes.targets.costs import Measure, Parameters, measure_for
+from prunec.passes.targets.latency import LatencyMeasure
+from prunec.passes.targets.target import Target
 
 TOLERANCE = 0.005
 """How far from the target a result may be, as a part of it."""

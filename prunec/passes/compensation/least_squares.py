@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
-from prunec.passes.compensation import CONSTANT, Mended, onto_the_others, ridge
-from prunec.passes.regression import Regression, Target, Tokens
+from prunec.passes.compensation.closed_form import CONSTANT, Mended, onto_the_others, ridge
+from prunec.passes.compensation.regression import Regression, Target, Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.interpreter import Stream
 from prunec.graph.residual import passages
 from prunec.importance.curves import Criterion, RemovalCurve
-from prunec.passes.compensation import Compensation
-from prunec.passes.dense import dense_sites
-from prunec.passes.measure import Statistics
-from prunec.passes.scores import Scores
+from prunec.passes.allocation.trials import DenseTrials, split
+from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.sites import Site
 from prunec.passes.slice import Weights
-from prunec.passes.trials import DenseTrials, split
+from prunec.passes.statistics.dense import dense_sites
+from prunec.passes.statistics.measure import Statistics
+from prunec.passes.statistics.scores import Scores
 
 
 class DenseSurvey:

@@ -15,13 +15,13 @@ from prunec.graph.interpreter import Stream
 from prunec.graph.selection import Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
-from prunec.passes.budget import Budget
-from prunec.passes.compensation import Compensation, ObsCompensation
-from prunec.passes.levels import Cut, Levels, stitch
-from prunec.passes.measure import Measurement, Statistics
+from prunec.passes.allocation.levels import Cut, Levels, stitch
+from prunec.passes.compensation.closed_form import Compensation, ObsCompensation
 from prunec.passes.prune import keeps_of, mend, prune_sites
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
+from prunec.passes.statistics.measure import Measurement, Statistics
+from prunec.passes.targets.budget import Budget
 
 Batches = Sequence[Mapping[str, Tensor]]
 

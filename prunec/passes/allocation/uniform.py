@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from prunec.errors import PlanError
-from prunec.passes.context import Context
+from prunec.passes.allocation.context import Context
 
 
 class Allocation(Protocol):

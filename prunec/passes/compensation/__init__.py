@@ -1,0 +1,1 @@
+"""Compensation: what the weights that stay take over from those that go."""

@@ -1,0 +1,1 @@
+"""The oracles: slicing equals masking, and permuting units changes nothing."""

@@ -1,0 +1,1 @@
+"""Statistics: what is measured while batches stream by, and what the dense model is scored with."""
