@@ -25,7 +25,7 @@ from prunec.passes.slice import weights_of
 from prunec.passes.statistics.scores import Shelf
 from prunec.passes.targets.target import Target, chosen_target
 from prunec.pipeline.clock import Clock
-from prunec.pipeline.deliver import deliver, sizes
+from prunec.pipeline.deliver import Outcome, deliver, sizes
 from prunec.pipeline.outline import Outline, outline
 from prunec.pipeline.result import Report, Result
 from prunec.pipeline.run import Run
@@ -147,5 +147,6 @@ def apply_plan(
         coupling = drop(dense, plan.dropped)
     selection = plan.selection(coupling)
     present = weights_of(coupling, weights, selection=selection)
-    report = Report(recipe=None, ratio=None, seed=0, **sizes(dense, coupling, present))
-    return deliver(model, dense, coupling, present, plan, report, clock, progress)
+    outcome = Outcome(dense, coupling, present, plan)
+    report = Report(recipe=None, ratio=None, seed=0, **sizes(outcome))
+    return deliver(model, outcome, report, clock, progress)

@@ -15,6 +15,7 @@ from prunec.calibration.sources import SELF, TextSource, parse_source, share_sam
 from prunec.calibration.text import draw_windows, read_text, tokenise
 from prunec.errors import CalibrationError
 from prunec.events import Progress, silent
+from prunec.models.context import context_length
 from prunec.models.digest import token_digest
 
 # The default batch: enough tokens to keep a few cores busy, few enough for their activations.
@@ -131,9 +132,7 @@ def _batch_size(samples: int, seq_len: int, wanted: int | None) -> int:
 
 
 def _check_length(seq_len: int, model: nn.Module | None) -> None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = context_length(model)
     if limit and seq_len > limit:
         raise CalibrationError(
             f"the model reads at most {limit} tokens, and sequences of {seq_len} were asked for",

@@ -10,13 +10,14 @@ layers poses the same few questions as one of two.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from prunec.codegen.twin import tensors_of
+from prunec.graph.paths import enclosing
 from prunec.graph.selection import Sliced
 
 Number = int | tuple[int, ...]
@@ -70,7 +71,7 @@ def role_of(path: str, module: nn.Module) -> str:
 def candidates(model: nn.Module, sliced: Sliced) -> list[Candidate]:
     """Every attribute that may depend on a changed size, in the order of the modules."""
     roles: dict[str, list[str]] = {}
-    touched = {path for name in sliced.keep for path in _ancestors(name)}
+    touched = {path for name in sliced.keep for path in ("", *enclosing(name)[:-1])}
     modules = dict(model.named_modules())
     for path, module in modules.items():
         roles.setdefault(role_of(path, module), []).append(path)
@@ -86,12 +87,6 @@ def candidates(model: nn.Module, sliced: Sliced) -> list[Candidate]:
                     if made is not None:
                         found.append(made)
     return found
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def numbers(module: nn.Module) -> dict[str, Number]:

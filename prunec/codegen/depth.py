@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs
-from prunec.codegen.modeling_prunec import Pruned, first_tensor, skip
+from prunec.codegen.modeling_prunec import Pruned
+from prunec.codegen.modeling_skipped import first_tensor, skip
 from prunec.codegen.perturb import build, meta_model
 from prunec.codegen.reduce import Layers
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunec.codegen.attributes import Candidate, Values, candidate, config_field, sizes_seen
 from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
-from prunec.codegen.modeling_prunec import Skipped
+from prunec.codegen.modeling_skipped import Skipped
 from prunec.codegen.perturb import build, meta_model, numbers_of
 from prunec.codegen.search import Choice, search
 from prunec.codegen.streamed import at_hand

@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from prunec.codegen import modeling_prunec
+from prunec.codegen import modeling_prunec, modeling_skipped
 from prunec.codegen.attributes import config_field
 from prunec.codegen.fields import ConfigFields, overrides, shapes_of
-from prunec.codegen.modeling_prunec import Pruned, Skipped
+from prunec.codegen.modeling_skipped import Skipped, SkippingPruned
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import stock_class, tensors_of
 from prunec.errors import ExportError
@@ -33,10 +33,10 @@ def pruned_class(stock: type[Any]) -> Any:
         kwargs.setdefault("save_original_format", False)
         stock.save_pretrained(self, save_directory, *args, **kwargs)
         path = Path(save_directory) / f"{MODULE}.py"
-        path.write_text(source(stock, type(self.config)), encoding="utf-8")
+        path.write_text(source(stock, self.config), encoding="utf-8")
 
     body = {"__module__": __name__, "save_pretrained": save_pretrained}
-    return type(f"Prunec{stock.__name__}", (Pruned, stock), body)
+    return type(f"Prunec{stock.__name__}", (SkippingPruned, stock), body)
 
 
 def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
@@ -178,15 +178,19 @@ def _bare_class(config_class: Any) -> Any:
     return known[0] if isinstance(known, tuple) else known
 
 
-def source(stock: Any, config_class: Any) -> str:
+def source(stock: Any, config: Any) -> str:
     """modeling_prunec.py: the text of our own module, then the classes of this model."""
-    classes = {cls for cls in (stock, _bare_class(config_class)) if cls is not None}
+    classes = {cls for cls in (stock, _bare_class(type(config))) if cls is not None}
     names = sorted(cls.__name__ for cls in classes)
     text, imports = inspect.getsource(modeling_prunec), "from torch import nn\n"
     assert imports in text
     text = text.replace(imports, f"{imports}from transformers import {', '.join(names)}\n", 1)
+    base = "Pruned"
+    if config.prunec["skip"]:
+        _, head, body = inspect.getsource(modeling_skipped).partition("\n\n\nclass Skipped")
+        text, base = f"{text.rstrip()}{head}{body}", "SkippingPruned"
     bodies = (
-        f'class Prunec{name}(Pruned, {name}):\n    """{name}, with the sizes of config.prunec."""\n'
+        f'class Prunec{name}({base}, {name}):\n    """{name}, with the sizes of config.prunec."""\n'
         for name in names
     )
     return text + "".join(f"\n\n{body}" for body in bodies)

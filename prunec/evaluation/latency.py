@@ -18,6 +18,7 @@ from transformers import StoppingCriteria
 from prunec.errors import ModelError, PlanError
 from prunec.evaluation.size import parameter_bytes
 from prunec.graph.memory import release_freed
+from prunec.models.context import context_length
 from prunec.models.example import example_inputs
 from prunec.models.generation import generates, plain_generation
 
@@ -65,7 +66,7 @@ def measure(
     Raises:
         PlanError: sizes that cannot be measured, or more tokens than the model reads.
     """
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = context_length(model)
     if prompt is None:
         prompt = min(_PROMPT, limit - new_tokens) if limit else _PROMPT
     _check(model, batch, prompt, new_tokens, repeats)
@@ -94,7 +95,7 @@ def _check(model: Any, batch: int, prompt: int, new_tokens: int, repeats: int) -
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} has no weights, so it cannot be timed")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = context_length(model)
     if limit and generates(model) and prompt + new_tokens > limit:
         raise PlanError(
             f"the model reads at most {limit} tokens, {prompt} + {new_tokens} were asked for",

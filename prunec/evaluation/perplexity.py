@@ -16,6 +16,7 @@ from prunec.calibration.text import read_text, tokenise
 from prunec.errors import CalibrationError
 from prunec.evaluation.logits import Inputs, logit_chunks, token_losses, with_positions
 from prunec.events import Progress, silent
+from prunec.models.context import context_length
 from prunec.models.digest import token_digest
 from prunec.models.generation import generates
 
@@ -232,9 +233,7 @@ def check_model(model: Any, ids: Tensor, window: int) -> None:
             f"the tokenizer gives id {int(ids.max())}, but the model knows {size} tokens",
             fix="use the model's own tokenizer",
         )
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = context_length(model)
     if limit and window > limit:
         raise CalibrationError(
             f"the model reads at most {limit} tokens, and windows of {window} were asked for",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from prunec.graph.paths import common_module, common_path, indexed_modules
+from prunec.graph.paths import common_module, common_path, enclosing, indexed_modules
 from prunec.graph.program import Program, module_path
 from prunec.graph.propagate import Layout
 from prunec.graph.sums import UNCHANGED, is_product, operator_name, residual_sums
@@ -136,15 +136,8 @@ def _calls_by_module(nodes: Iterable[fx.Node]) -> Counter[str]:
         path
         for node in nodes
         if node.op == "call_function" and operator_name(node) not in UNCHANGED
-        for path in _ancestors(module_path(node))
+        for path in enclosing(module_path(node))
     )
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    """A module path and those of the modules around it, outermost first."""
-    parts = path.split(".") if path else []
-    for i in range(len(parts)):
-        yield ".".join(parts[: i + 1])
 
 
 def _branch(
@@ -177,7 +170,7 @@ def _branch(
 def _modules(inside: Sequence[fx.Node], calls: Mapping[str, int]) -> tuple[str, ...]:
     own = _calls_by_module(inside)
     whole = (
-        next((path for path in _ancestors(module_path(node)) if own[path] == calls[path] > 0), None)
+        next((path for path in enclosing(module_path(node)) if own[path] == calls[path] > 0), None)
         for node in inside
     )
     return tuple(dict.fromkeys(path for path in whole if path))

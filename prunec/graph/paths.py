@@ -25,10 +25,15 @@ def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
     return blocks
 
 
+def enclosing(path: str) -> list[str]:
+    """A module and those around it, outermost first: ``a.0.b`` -> ``a``, ``a.0``, ``a.0.b``."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def indexed_modules(path: str) -> list[str]:
     """Every indexed module on a path, outermost first: ``a.0.b.1.c`` -> ``a.0``, ``a.0.b.1``."""
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+    return [module for module in enclosing(path) if module.rpartition(".")[2].isdigit()]
 
 
 def common_path(parameters: Sequence[str]) -> str:

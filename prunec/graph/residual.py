@@ -43,12 +43,13 @@ def passages(program: Program, layout: Layout) -> dict[str, Passage]:
     following = [*list(enters.values())[1:], None]
     for (block, sums), after in zip(found.items(), following, strict=True):
         last = sums[-1].total
-        continued = after is not None and last in _ancestors(after) | {after}
+        continued = after is not None and last in ancestors(after) | {after}
         result[block] = Passage(enters[block], after if continued and after else last)
     return result
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node is computed from."""
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:

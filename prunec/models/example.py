@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunec.errors import ModelError
+from prunec.models.context import context_length
 
 # Sizes that are unlikely to equal one of the model's own, so that the analysis can tell them apart.
 _BATCH, _SEQUENCE, _TARGET = 2, 11, 7
@@ -62,8 +63,7 @@ def _token_ids(
 ) -> Tensor:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = int(text.vocab_size)
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    length = min(length, int(limit)) if limit else length
+    length = min(length, context_length(model) or length)
     # Padding, begin and end marks change what some models compute: masks, positions, pooling.
     special = {
         value

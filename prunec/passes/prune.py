@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
-from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim
-from prunec.graph.interpreter import Stream
 from prunec.graph.memory import release_freed, settled_heap
 from prunec.graph.selection import BoolArray, Keep, Selection
-from prunec.importance.curves import Criterion, RemovalCurve
+from prunec.importance.curves import RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
 from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
+from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.measure import Measured, Measurement, Statistics
-from prunec.passes.statistics.scores import Scores
 from prunec.passes.targets.budget import Budget
 
 
@@ -75,50 +73,31 @@ class Pruned:
     sites: tuple[SiteReport, ...]
 
 
-def prune_sites(
-    coupling: CouplingGraph,
-    sites: Sequence[Site],
-    budget: Budget,
-    criterion: Criterion,
-    compensation: Compensation,
-    batches: Sequence[Mapping[str, Tensor]],
-    *,
-    prior: Statistics | None = None,
-    weights: Weights | None = None,
-    journal: Journal | None = None,
-    scores: Scores | None = None,
-    progress: Progress = silent,
-) -> Pruned:
+def prune_sites(setup: Setup, budget: Budget, *, journal: Journal | None = None) -> Pruned:
     """Prune every site in the order of the graph, each on inputs that all earlier ones have shaped.
 
     A weight that several calls share is pruned first, on the dense model's inputs at all of them.
 
     Args:
-        prior: statistics that were taken before, such as those of gradients.
-        weights: the tensors to begin with; by default those of the program.
         journal: where decisions are kept, and taken from where it already has them.
-        scores: of the dense model, saved before: then no batch is read, and every site is pruned
-            as the dense model had it.
 
     Raises:
         VerifyError: NaN or Inf at a site.
         PlanError: what is left over at the end is more than whole units explain.
     """
-    weights = Weights(coupling, coupling.program.state) if weights is None else weights
+    weights = setup.weights
     if weights.stored and journal is None:
         journal = temporary_journal()
-    worker = _Worker(
-        coupling, criterion, compensation, weights, budget, prior or {}, journal, scores
-    )
-    shared = [site for site in sites if len(site.nodes) > 1]
-    single = [site for site in sites if len(site.nodes) == 1]
-    with settled_heap(), progress.task("pruning", total=len(sites)) as task:
+    worker = _Worker(setup, budget, journal)
+    shared = [site for site in setup.sites if len(site.nodes) > 1]
+    single = [site for site in setup.sites if len(site.nodes) == 1]
+    with settled_heap(), setup.progress.task("pruning", total=len(setup.sites)) as task:
         for site in shared:
-            worker.visit(site, worker.measurement(batches, [site]))
+            worker.visit(site, worker.measurement([site]))
             worker.release()
             task.row(worker.reports[-1].cells())
             task.advance()
-        measurement = worker.measurement(batches, single)
+        measurement = worker.measurement(single)
         for site in single:
             task.update(f"pruning {site.name}")
             worker.visit(site, measurement)
@@ -169,54 +148,32 @@ def mend(
 class _Worker:
     """Carries one criterion and one compensation from site to site."""
 
-    def __init__(
-        self,
-        coupling: CouplingGraph,
-        criterion: Criterion,
-        compensation: Compensation,
-        weights: Weights,
-        budget: Budget,
-        prior: Statistics,
-        journal: Journal | None,
-        scores: Scores | None,
-    ):
-        self._coupling = coupling
-        self._criterion = criterion
-        self._compensation = compensation
-        self._weights = weights
-        self._dense = weights.dense()
+    def __init__(self, setup: Setup, budget: Budget, journal: Journal | None):
+        self._setup = setup
+        self._coupling = setup.coupling
+        self._criterion = setup.criterion
+        self._compensation = setup.compensation
+        self._weights = setup.weights
+        self._dense = setup.weights.dense()
+        self._scores = setup.scores
         self._budget = budget
-        self._prior = prior
         self._journal = journal
-        self._scores = scores
         self.reports: list[SiteReport] = []
 
-    def measurement(
-        self, batches: Sequence[Mapping[str, Tensor]], sites: Sequence[Site]
-    ) -> Measured:
+    def measurement(self, sites: Sequence[Site]) -> Measured:
         if self._scores is not None:
             return self._scores
         regression = self._compensation.regression
         dense = None
         if regression is not None and regression.needs_dense:
-            dense = self._stream(batches, self._dense)
+            dense = self._dense.stream(self._setup.batches)
         names = self._criterion.statistics | self._compensation.statistics
         return Measurement(
-            self._stream(batches, self._weights),
+            self._weights.stream(self._setup.batches),
             sites,
             names - set(GRADIENT_STATISTICS),
             regression=regression,
             dense=dense,
-        )
-
-    def _stream(self, batches: Sequence[Mapping[str, Tensor]], weights: Weights) -> Stream:
-        return Stream(
-            self._coupling.program,
-            self._coupling.layout,
-            batches,
-            weights.__getitem__,
-            selection=weights.selection,
-            device=weights.device,
         )
 
     def release(self) -> None:
@@ -262,7 +219,7 @@ class _Worker:
         return replace(decision, updated=dict(decision.updated))
 
     def _decide(self, site: Site, problem: SiteProblem, measured: Statistics) -> Decision:
-        statistics = {**self._prior, **measured}
+        statistics = {**self._setup.prior, **measured}
         curve = self._curve(site, problem, statistics)
         steps = self._budget.choose(site, curve)
         removed = int(curve.parameters[steps - 1]) if steps else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from prunec.errors import ModelError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim
+from prunec.graph.interpreter import Stream
 from prunec.graph.program import Program
 from prunec.graph.resize import ResizedCall, resized_call
 from prunec.graph.selection import Extent, Selection, Sliced
@@ -27,7 +28,8 @@ class Weights(Mapping[str, Tensor]):
     used between two sites is held. The tensors given are never changed.
 
     Args:
-        state: the dense tensors by name, which may be read from disk as they are asked for.
+        state: the dense tensors by name, which may be read from disk as they are asked for; by
+            default the program's own.
         selection: the units that are gone from the start.
         device: where tensors are wanted; by default where they are.
         stored: whether the dense tensors lie on disk, those of the program being on meta.
@@ -36,7 +38,7 @@ class Weights(Mapping[str, Tensor]):
     def __init__(
         self,
         coupling: CouplingGraph,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
         *,
         selection: Selection | None = None,
         device: torch.device | None = None,
@@ -44,9 +46,9 @@ class Weights(Mapping[str, Tensor]):
     ):
         self.stored = stored
         self.selection = selection or Selection()
-        self.device = device or state[next(iter(coupling.program.parameters))].device
         self._coupling = coupling
-        self._dense = state
+        self._dense = coupling.program.state if state is None else state
+        self.device = device or self._dense[next(iter(coupling.program.parameters))].device
         self._changed: dict[str, tuple[Mapping[str, Tensor], Selection]] = {}
         self._held: dict[str, Tensor] = {}
 
@@ -71,9 +73,20 @@ class Weights(Mapping[str, Tensor]):
         """The tensors as they were given, for a stream of the dense program."""
         return Weights(self._coupling, self._dense, device=self.device, stored=self.stored)
 
+    def stream(self, batches: Sequence[Mapping[str, Tensor]]) -> Stream:
+        """The batches at the start of their way through the program with these tensors."""
+        return Stream(
+            self._coupling.program,
+            self._coupling.layout,
+            batches,
+            self.__getitem__,
+            selection=self.selection,
+            device=self.device,
+        )
+
     def shapes(self) -> Weights:
         """The same sizes around the program's own tensors, none of which is read."""
-        return Weights(self._coupling, self._coupling.program.state, selection=self.selection)
+        return Weights(self._coupling, selection=self.selection)
 
     def select(self, selection: Selection, updated: Mapping[str, Tensor]) -> None:
         """Remove units; ``updated`` tensors have the size that the selection leaves.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,8 +31,25 @@ from prunec.pipeline.clock import Clock
 from prunec.pipeline.result import Report, Result
 
 
-def sizes(dense: CouplingGraph, coupling: CouplingGraph, weights: Weights) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a way to prune hands on.
+
+    Attributes:
+        dense: of the whole model.
+        coupling: of what is left without the plan's dropped branches.
+        weights: of the latter, sliced.
+    """
+
+    dense: CouplingGraph
+    coupling: CouplingGraph
+    weights: Weights
+    plan: Plan
+
+
+def sizes(outcome: Outcome) -> dict[str, Any]:
     """Before and after; biases that were fitted where there was none count as the result's."""
+    dense, coupling, weights = outcome.dense, outcome.coupling, outcome.weights
     counts = weights.selection.counts
     added = added_parameters(coupling.program, weights)
     fitted = sum(bias.numel() for bias in added.values())
@@ -45,22 +62,11 @@ def sizes(dense: CouplingGraph, coupling: CouplingGraph, weights: Weights) -> di
 
 
 def deliver(
-    model: nn.Module,
-    dense: CouplingGraph,
-    coupling: CouplingGraph,
-    weights: Weights,
-    plan: Plan,
-    report: Report,
-    clock: Clock,
-    progress: Progress,
+    model: nn.Module, outcome: Outcome, report: Report, clock: Clock, progress: Progress
 ) -> Result:
-    """Prove the rewriting, and put the weights into a smaller module of the same class.
-
-    Args:
-        dense: of the whole model.
-        coupling: of what is left without the plan's dropped branches.
-        weights: of the latter, sliced.
-    """
+    """Prove the rewriting, and put the weights into a smaller module of the same class."""
+    dense, coupling = outcome.dense, outcome.coupling
+    weights, plan = outcome.weights, outcome.plan
     shown = weights.shapes() if weights.stored else weights
     added, checks = coupling.program.added, tuple[str, ...]()
     tensors = {n: (weights if n in added else shown).read(n) for n in shown}

@@ -17,13 +17,11 @@ from prunec.graph.retarget import on_device
 from prunec.graph.trace import Loss, trace
 from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.compensation.closed_form import Compensation
-from prunec.passes.plan import Plan
 from prunec.passes.recipe import Recipe
-from prunec.passes.slice import Weights
 from prunec.passes.statistics.scores import Scores, Shelf
 from prunec.passes.targets.target import Target
 from prunec.pipeline.clock import Clock
-from prunec.pipeline.deliver import deliver, sizes
+from prunec.pipeline.deliver import Outcome, deliver, sizes
 from prunec.pipeline.result import Report, Result
 from prunec.pipeline.scoring import Batches, batches_of
 
@@ -88,24 +86,16 @@ class Run:
                 program = on_device(program, torch.device(self.device))
             return couple(program)
 
-    def deliver(
-        self,
-        dense: CouplingGraph,
-        coupling: CouplingGraph,
-        weights: Weights,
-        plan: Plan,
-        **reported: Any,
-    ) -> Result:
-        """The result and its report; `dense` is of the whole model, `coupling` of what is left."""
+    def deliver(self, outcome: Outcome, **reported: Any) -> Result:
+        """The result and its report, of which `reported` holds what not every way to prune has."""
         report = Report(
             recipe=self.recipe,
             ratio=self.aim.value if self.aim.kind == "ratio" else None,
             seed=self.seed,
             **{"calibration": described(self.calibration)} | reported,
-            **sizes(dense, coupling, weights),
+            **sizes(outcome),
         )
-        args = (self.model, dense, coupling, weights, plan, report)
-        return deliver(*args, self.clock, self.progress)
+        return deliver(self.model, outcome, report, self.clock, self.progress)
 
 
 def described(calibration: Batches | None) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import Loss, trace
 from prunec.importance.influence import DepthCriterion
+from prunec.passes.compensation.closed_form import NoCompensation
 from prunec.passes.recipe import Part
+from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
+from prunec.passes.slice import Weights
 from prunec.passes.statistics.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.statistics.prior import prior_statistics
 
@@ -84,10 +87,19 @@ def score(
     sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
     names = criterion.statistics
     prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
-    measured = dense_sites(coupling, sites, names, batches, prior=prior, progress=progress)
+    setup = Setup(
+        coupling,
+        sites,
+        criterion,
+        NoCompensation(),
+        batches,
+        Weights(coupling),
+        prior=prior,
+        progress=progress,
+    )
     scored = [
         group
-        for site, problem, statistics in measured
+        for site, problem, statistics in dense_sites(setup, names)
         for group in score_groups(site, problem, criterion, statistics)
     ]
     return Scored(coupling, tuple(scored))

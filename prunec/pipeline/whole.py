@@ -13,6 +13,7 @@ from prunec.passes.shallow import DEPTH_KINDS, prune_depth
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.prior import prior_statistics
 from prunec.passes.targets.goal import Goal
+from prunec.pipeline.deliver import Outcome
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run
 
@@ -27,8 +28,8 @@ def shorten(run: Run) -> Result:
             dense, units, goal, run.criterion, run.batches, progress=run.progress
         )
         coupling = drop(dense, names)
-    weights = Weights(coupling, coupling.program.state)
-    return run.deliver(dense, coupling, weights, Plan(dropped=names), dropped=dropped)
+    weights = Weights(coupling)
+    return run.deliver(Outcome(dense, coupling, weights, Plan(dropped=names)), dropped=dropped)
 
 
 def narrow(run: Run) -> Result:
@@ -50,8 +51,8 @@ def narrow(run: Run) -> Result:
             prior,
             constraints=run.recipe.constraints,
         )
-    weights = Weights(coupling, coupling.program.state, selection=selection)
-    return run.deliver(coupling, coupling, weights, Plan.of(coupling, selection))
+    weights = Weights(coupling, selection=selection)
+    return run.deliver(Outcome(coupling, coupling, weights, Plan.of(coupling, selection)))
 
 
 def _only(recipe: Recipe, kinds: Collection[str]) -> None:

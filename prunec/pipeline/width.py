@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from prunec.passes.checkpoint import opened_journal
 from prunec.passes.compensation.biases import with_biases
 from prunec.passes.distributed import processes
 from prunec.passes.plan import Plan
-from prunec.passes.prune import Pruned, prune_sites
+from prunec.passes.prune import prune_sites
+from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, Skipped, find_sites
-from prunec.passes.slice import Weights, weights_of
+from prunec.passes.slice import weights_of
 from prunec.passes.statistics.dense import dense_sites
-from prunec.passes.statistics.measure import Statistics
 from prunec.passes.statistics.prior import prior_statistics
-from prunec.passes.statistics.scores import Origin, Scores
+from prunec.passes.statistics.scores import Origin, Scores, Shelf
 from prunec.passes.targets.budget import Budget, block_budget
 from prunec.passes.targets.goal import Goal
 from prunec.passes.targets.latency import paired_ratio
+from prunec.pipeline.deliver import Outcome
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run, described
 from prunec.pipeline.scoring import check_width
@@ -40,20 +41,30 @@ def thin(run: Run, checkpoint: str | Path | None = None, *, resume: bool = False
     """
     check_width(run.criterion)
     coupling, sites, skipped = _sites(run)
-    weights = weights_of(coupling, run.weights, run.device)
-    prior, scores = _measured(run, coupling, sites, weights)
+    setup = _measured(run, coupling, sites)
     goal = Goal.on(coupling, run.aim)
-    sites = goal.concerned(sites)
-    budget = _budget(run, coupling, sites, goal, prior, scores, weights)
-    pruned = _pruned(run, coupling, sites, budget, prior, scores, weights, checkpoint, resume)
+    setup = replace(setup, sites=goal.concerned(sites))
+    with run.clock("allocate"):
+        budget = block_budget(
+            coupling,
+            setup.sites,
+            run.allocation,
+            goal,
+            survey=DenseSurvey(setup),
+            constraints=run.recipe.constraints,
+        )
+    together = processes()
+    journal = opened_journal(
+        checkpoint if together.first else None, _identity(run, setup, checkpoint), resume=resume
+    )
+    with run.clock("prune"), journal as kept:
+        shared = replace(setup, batches=together.share(run.batches))
+        pruned = prune_sites(shared, budget, journal=kept)
     result = run.deliver(
-        coupling,
-        coupling,
-        pruned.weights,
-        Plan.of(coupling, pruned.selection),
+        Outcome(coupling, coupling, pruned.weights, Plan.of(coupling, pruned.selection)),
         sites=pruned.sites,
         skipped=tuple(skipped),
-        calibration=described(run.calibration) if scores is None else _reported(scores),
+        calibration=described(run.calibration) if setup.scores is None else _reported(setup.scores),
         aim=_aim(budget),
     )
     return _timed(run, coupling, result) if run.aim.kind == "latency" else result
@@ -70,119 +81,71 @@ def _sites(run: Run) -> tuple[CouplingGraph, list[Site], list[Skipped]]:
     return coupling, sites, skipped
 
 
-def _measured(
-    run: Run, coupling: CouplingGraph, sites: Sequence[Site], weights: Weights
-) -> tuple[Statistics, Scores | None]:
+def _measured(run: Run, coupling: CouplingGraph, sites: Sequence[Site]) -> Setup:
     """What is known of the dense model: gradients, and with a shelf every site's statistics."""
+    setup = Setup(
+        coupling,
+        sites,
+        run.criterion,
+        run.compensation,
+        run.batches,
+        weights_of(coupling, run.weights, run.device),
+        scores=run.saved,
+        progress=run.progress,
+    )
     names = run.criterion.statistics | run.compensation.statistics
-    scores = run.saved
-    prior: Statistics = {}
     with run.clock("score"):
-        if scores is None:
+        if run.saved is None:
             prior = prior_statistics(
                 run.model,
                 sites,
                 names,
                 run.batches,
                 loss=run.loss,
-                weights=weights.read,
-                device=weights.device,
+                weights=setup.weights.read,
+                device=setup.weights.device,
                 progress=run.progress,
             )
+            setup = replace(setup, prior=prior)
         if run.shelf:
-            origin = Origin.of(
-                run.model, run.criterion, run.compensation, run.loss, run.batches, run.weights
-            )
-            measured = dense_sites(
-                coupling,
-                sites,
-                names,
-                run.batches,
-                prior=prior,
-                regression=run.compensation.regression,
-                weights=weights,
-                progress=run.progress,
-            )
-            scores = run.shelf.scores(
-                origin,
-                described(run.calibration),
-                measured,
-                run.criterion,
-                coupling.program.example,
-            )
-            scores.check(origin, sites, names)
-    return prior, scores
+            setup = replace(setup, scores=_scores(run, run.shelf, setup, names))
+    return setup
 
 
-def _budget(
-    run: Run,
-    coupling: CouplingGraph,
-    sites: Sequence[Site],
-    goal: Goal,
-    prior: Statistics,
-    scores: Scores | None,
-    weights: Weights,
-) -> Budget:
-    with run.clock("allocate"):
-        survey = DenseSurvey(
-            coupling,
-            sites,
-            run.criterion,
-            run.compensation,
-            run.batches,
-            prior=prior,
-            weights=weights,
-            scores=scores,
-            progress=run.progress,
-        )
-        return block_budget(
-            coupling,
-            sites,
-            run.allocation,
-            goal,
-            survey=survey,
-            constraints=run.recipe.constraints,
-        )
+def _scores(run: Run, shelf: Shelf, setup: Setup, names: Collection[str]) -> Scores:
+    """The scores on the shelf, taken now if it holds none.
+
+    Raises:
+        PlanError: what is there is of another model, method or data.
+    """
+    origin = Origin.of(
+        run.model, run.criterion, run.compensation, run.loss, run.batches, run.weights
+    )
+    scores = shelf.scores(
+        origin,
+        described(run.calibration),
+        dense_sites(setup, names, regression=run.compensation.regression),
+        run.criterion,
+        setup.coupling.program.example,
+    )
+    scores.check(origin, setup.sites, names)
+    return scores
 
 
-def _pruned(
-    run: Run,
-    coupling: CouplingGraph,
-    sites: Sequence[Site],
-    budget: Budget,
-    prior: Statistics,
-    scores: Scores | None,
-    weights: Weights,
-    checkpoint: str | Path | None,
-    resume: bool,
-) -> Pruned:
+def _identity(run: Run, setup: Setup, checkpoint: str | Path | None) -> dict[str, Any]:
+    """What must be the same in the run that goes on from a checkpoint."""
     identity: dict[str, Any] = {
         "recipe": run.recipe.to_dict(),
         "target": str(run.aim),
         "seed": run.seed,
         "data": _digest(run.batches),
     }
-    if scores is not None:
-        identity["scores"] = vars(scores.origin)
+    if setup.scores is not None:
+        identity["scores"] = vars(setup.scores.origin)
     if checkpoint is not None:
         identity["model"] = state_digest(run.model, run.weights)
-        identity["device"] = str(weights.device)
-    together = processes()
-    kept = checkpoint if together.first else None
-    with run.clock("prune"), opened_journal(kept, identity, resume=resume) as journal:
-        return prune_sites(
-            coupling,
-            sites,
-            budget,
-            run.criterion,
-            run.compensation,
-            together.share(run.batches),
-            prior=prior,
-            weights=weights,
-            journal=journal,
-            scores=scores,
-            progress=run.progress,
-        )
+        identity["device"] = str(setup.weights.device)
+    return identity
 
 
 def _timed(run: Run, coupling: CouplingGraph, result: Result) -> Result:

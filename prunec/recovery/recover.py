@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunec.errors import CheckpointError, ModelError, PlanError
 from prunec.events import Progress, silent
+from prunec.models.context import context_length
 from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
 from prunec.models.generation import generates
@@ -187,7 +188,7 @@ def _complete(model: Any, settings: Recovery, teacher: nn.Module | None) -> Reco
                 f"the teacher knows {sizes[1]} tokens and the model {sizes[0]}",
                 fix="take the model that this one was made from",
             )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     if limit and settings.seq_len > limit:
         raise PlanError(
             f"the model reads at most {limit} tokens, rows of {settings.seq_len} were asked for",

@@ -17,8 +17,8 @@ from prunec.codegen.modeling_prunec import LayerConfig
 
 
 def test_the_file_is_short_and_needs_transformers_and_torch_only() -> None:
-    text = source(T.LlamaForCausalLM, T.LlamaConfig)
-    assert len(text.splitlines()) < 180
+    text = source(T.LlamaForCausalLM, T.LlamaConfig(prunec={"skip": {}}))
+    assert len(text.splitlines()) < 150
     tree = ast.parse(text)
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
@@ -29,6 +29,17 @@ def test_the_file_is_short_and_needs_transformers_and_torch_only() -> None:
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     assert classes[-2:] == ["PrunecLlamaForCausalLM", "PrunecLlamaModel"]
     assert "from transformers import LlamaForCausalLM, LlamaModel\n" in text
+
+
+def test_only_a_model_that_skips_carries_the_code_for_it() -> None:
+    config = T.LlamaConfig(prunec={"skip": {"model.layers.1.mlp": "zeros"}})
+    text = source(T.LlamaForCausalLM, config)
+    classes = {node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    assert classes >= {"Skipped", "SkippingPruned"}
+    assert "class PrunecLlamaForCausalLM(SkippingPruned, LlamaForCausalLM):" in text
+    assert text.count("import torch\n") == 1
+    config.prunec["skip"] = {}
+    assert "Skip" not in source(T.LlamaForCausalLM, config)
 
 
 def test_the_view_of_a_config_is_live() -> None:

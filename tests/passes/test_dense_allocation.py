@@ -22,6 +22,8 @@ from prunec.passes.allocation.context import Context, Room
 from prunec.passes.allocation.dense import Global, SimilaritySoftmax
 from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.allocation.uniform import LayerRange
+from prunec.passes.setup import Setup
+from prunec.passes.slice import Weights
 from prunec.registry import plugin
 
 
@@ -51,7 +53,8 @@ def test_similarity_is_that_of_the_hidden_states(family: str) -> None:
     """Block boundaries come from the graph; the model's own hidden states are the reference."""
     model = tiny_llama() if family == "pre-norm" else bert()
     coupling = couple(trace(model, batches()[0]))
-    found = list(DenseSurvey(coupling, [], None, None, batches()).similarities.values())
+    setup = Setup(coupling, [], None, None, batches(), Weights(coupling))
+    found = list(DenseSurvey(setup).similarities.values())
     sums, tokens = np.zeros(len(found)), 0
     for batch in batches():
         states = list(model(**batch, output_hidden_states=True).hidden_states)

@@ -202,7 +202,7 @@ def _generates(model: T.PreTrainedModel, dense: T.PreTrainedModel) -> None:
 
 def test_counting_is_what_keeps_caches_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without it a model that lost its first attention is refused."""
-    from prunec.codegen.modeling_prunec import Skipped
+    from prunec.codegen.modeling_skipped import Skipped
     from prunec.errors import VerifyError
 
     monkeypatch.setattr(Skipped, "_count", lambda self, cache, value: None)

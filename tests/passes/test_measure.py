@@ -10,8 +10,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
+from prunec.importance.magnitude import Magnitude
 from prunec.importance.statistics import statistic_of
+from prunec.passes.compensation.closed_form import NoCompensation
+from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
+from prunec.passes.slice import Weights
 from prunec.passes.statistics.dense import dense_sites, loss_shares, score_groups
 from prunec.registry import plugin
 
@@ -66,8 +70,9 @@ def test_statistics_of_sites_and_producers_equal_hooks(make) -> None:
     sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
     truth = hooked_squares(model)
     made = 0
+    setup = Setup(coupling, sites, Magnitude(), NoCompensation(), batches(), Weights(coupling))
     names = {"input_square", "producer_square"}
-    for site, _, statistics in dense_sites(coupling, sites, names, batches()):
+    for site, _, statistics in dense_sites(setup, names):
         torch.testing.assert_close(
             statistics["input_square"], truth[site.parameter], rtol=1e-5, atol=1e-8
         )
@@ -84,11 +89,10 @@ def test_every_group_is_scored_down_to_its_minimum(name: str) -> None:
     coupling = couple(trace(model, batches()[0]))
     sites, _ = find_sites(coupling, {"ffn_channel", "query_head", "kv_group"})
     criterion = plugin("importance", name)()
+    setup = Setup(coupling, sites, criterion, NoCompensation(), batches(), Weights(coupling))
     found = [
         group
-        for site, problem, statistics in dense_sites(
-            coupling, sites, criterion.statistics, batches()
-        )
+        for site, problem, statistics in dense_sites(setup, criterion.statistics)
         for group in score_groups(site, problem, criterion, statistics)
     ]
     assert [group.group for group in found if "mlp" in group.group] == [

@@ -18,8 +18,9 @@ from prunec.passes.oracles.mask import slicing_difference
 from prunec.passes.plan import Plan
 from prunec.passes.prune import Pruned, prune_sites
 from prunec.passes.recipe import load_recipe
+from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
-from prunec.passes.slice import slice_program
+from prunec.passes.slice import Weights, slice_program
 from prunec.passes.targets.budget import block_budget, block_parameters
 
 LENGTH = 24
@@ -53,15 +54,10 @@ def run(
     chosen = load_recipe(recipe).override(settings)
     sites, _ = find_sites(coupling, chosen.units)
     budget = block_budget(coupling, sites, chosen.allocation.build("allocation"), ratio)
-    pruned = prune_sites(
-        coupling,
-        sites,
-        budget,
-        chosen.importance.build("importance"),
-        chosen.compensation.build("compensation"),
-        batches(),
-    )
-    return coupling, pruned
+    criterion = chosen.importance.build("importance")
+    compensation = chosen.compensation.build("compensation")
+    setup = Setup(coupling, sites, criterion, compensation, batches(), Weights(coupling))
+    return coupling, prune_sites(setup, budget)
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5])
@@ -175,14 +171,11 @@ def test_padding_does_not_count(make: Callable[[], nn.Module]) -> None:
     sites, _ = find_sites(coupling, recipe.units)
     kept, weights = [], []
     for data in (padded, scrambled):
-        pruned = prune_sites(
-            coupling,
-            sites,
-            block_budget(coupling, sites, recipe.allocation.build("allocation"), 0.3),
-            recipe.importance.build("importance"),
-            recipe.compensation.build("compensation"),
-            data,
-        )
+        criterion = recipe.importance.build("importance")
+        compensation = recipe.compensation.build("compensation")
+        setup = Setup(coupling, sites, criterion, compensation, data, Weights(coupling))
+        budget = block_budget(coupling, sites, recipe.allocation.build("allocation"), 0.3)
+        pruned = prune_sites(setup, budget)
         kept.append(Plan.of(coupling, pruned.selection))
         weights.append(dict(pruned.weights))
     assert kept[0] == kept[1]

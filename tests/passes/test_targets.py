@@ -19,8 +19,9 @@ from prunec.graph.trace import trace
 from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.prune import Pruned, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
+from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
-from prunec.passes.slice import slice_program
+from prunec.passes.slice import Weights, slice_program
 from prunec.passes.targets.budget import Budget, block_budget, block_parameters
 from prunec.passes.targets.constraints import Constraints, hardware
 from prunec.passes.targets.costs import Flops, KvCache, Memory, Parameters
@@ -64,15 +65,16 @@ def run(
     sites = goal.concerned(find_sites(coupling, recipe.units)[0])
     criterion = recipe.importance.build("importance")
     mend = recipe.compensation.build("compensation")
+    setup = Setup(coupling, sites, criterion, mend, batches(), Weights(coupling))
     budget = block_budget(
         coupling,
         sites,
         recipe.allocation.build("allocation"),
         goal,
-        survey=DenseSurvey(coupling, sites, criterion, mend, batches()),
+        survey=DenseSurvey(setup),
         constraints=limits,
     )
-    return prune_sites(coupling, sites, budget, criterion, mend, batches()), budget
+    return prune_sites(setup, budget), budget
 
 
 def counts(pruned: Pruned) -> Mapping[str, int]:

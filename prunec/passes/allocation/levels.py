@@ -50,7 +50,7 @@ class Cut:
 
 def stitch(coupling: CouplingGraph, cuts: Sequence[Cut]) -> Weights:
     """The dense model with these sites replaced; no site knows what was done to another."""
-    weights = Weights(coupling, coupling.program.state)
+    weights = Weights(coupling)
     for cut in cuts:
         weights.select(weights.selection.with_keeps(cut.keeps), cut.updated)
     return weights

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunec.events import Progress, silent
-from prunec.graph.coupling import CouplingGraph
-from prunec.graph.interpreter import Stream
+from prunec.events import silent
 from prunec.graph.selection import Selection
-from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.passes.allocation.levels import Cut, Levels, stitch
-from prunec.passes.compensation.closed_form import Compensation, ObsCompensation
+from prunec.passes.compensation.closed_form import ObsCompensation
 from prunec.passes.prune import keeps_of, mend, prune_sites
-from prunec.passes.sites import Site, site_problem
+from prunec.passes.setup import Setup
+from prunec.passes.sites import site_problem
 from prunec.passes.slice import Weights
-from prunec.passes.statistics.measure import Measurement, Statistics
+from prunec.passes.statistics.measure import Measurement
 from prunec.passes.targets.budget import Budget
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -33,7 +32,7 @@ class DenseTrials:
     """Prunes on one part of the calibration batches and compares on another.
 
     Args:
-        fit: batches that statistics are taken on.
+        fit: what to prune, with the batches that statistics are taken on.
         held: batches on which outputs are compared.
         count: levels per site.
         seed: draws the rows that are compared.
@@ -41,28 +40,17 @@ class DenseTrials:
 
     def __init__(
         self,
-        coupling: CouplingGraph,
-        sites: Sequence[Site],
-        criterion: Criterion,
-        compensation: Compensation,
-        fit: Batches,
+        fit: Setup,
         held: Batches,
         *,
-        prior: Statistics | None = None,
         count: int = 9,
         seed: int = 0,
-        progress: Progress = silent,
     ):
-        self._coupling = coupling
-        self._sites = sites
-        self._criterion = criterion
-        self._compensation = compensation
-        self._fit = fit
+        self.progress = fit.progress
+        self._fit = replace(fit, progress=silent)
         self._held = held
-        self._prior = prior or {}
         self._count = count
         self._seed = seed
-        self.progress = progress
 
     @property
     def parts(self) -> int:
@@ -71,15 +59,7 @@ class DenseTrials:
 
     def repruned(self, budget: Budget) -> float:
         """Divergence after pruning site by site, each on what the pruned part before it gives."""
-        pruned = prune_sites(
-            self._coupling,
-            self._sites,
-            budget,
-            self._criterion,
-            self._compensation,
-            self._fit,
-            prior=self._prior,
-        )
+        pruned = prune_sites(self._fit.afresh(self._fit.batches), budget)
         return self.divergence(pruned.weights)
 
     def stitched(self, chosen: Mapping[str, int], parts: Sequence[int] | None = None) -> float:
@@ -90,7 +70,7 @@ class DenseTrials:
             parts: the held-out batches to compare on; None for all.
         """
         cuts = [self._cuts[name][level] for name, level in chosen.items() if level]
-        return self.divergence(stitch(self._coupling, cuts), parts)
+        return self.divergence(stitch(self._fit.coupling, cuts), parts)
 
     @property
     def levels(self) -> Mapping[str, Levels]:
@@ -103,28 +83,29 @@ class DenseTrials:
 
     @cached_property
     def _database(self) -> tuple[dict[str, Levels], dict[str, list[Cut]]]:
-        weights = Weights(self._coupling, self._coupling.program.state)
+        setup = self._fit
+        weights = setup.weights.dense()
         # On the dense model's own inputs its output is the site's own: every regression is this.
-        fitted = self._compensation.regression is not None
-        compensation = ObsCompensation() if fitted else self._compensation
-        names = self._criterion.statistics | compensation.statistics
+        fitted = setup.compensation.regression is not None
+        compensation = ObsCompensation() if fitted else setup.compensation
+        names = setup.criterion.statistics | compensation.statistics
         measurement = Measurement(
-            self._stream(weights, self._fit), self._sites, names - set(GRADIENT_STATISTICS)
+            weights.stream(setup.batches), setup.sites, names - set(GRADIENT_STATISTICS)
         )
         levels: dict[str, Levels] = {}
         cuts: dict[str, list[Cut]] = {}
-        with self.progress.task("level database", len(self._sites)) as task:
-            for site in self._sites:
-                problem = site_problem(site, self._coupling, weights)
-                statistics = {**self._prior, **measurement.take(site)}
-                curve = self._criterion.rank(problem, statistics)
+        with self.progress.task("level database", len(setup.sites)) as task:
+            for site in setup.sites:
+                problem = site_problem(site, setup.coupling, weights)
+                statistics = {**setup.prior, **measurement.take(site)}
+                curve = setup.criterion.rank(problem, statistics)
                 held = problem.size({group.name: group.size for group in site.groups})
                 levels[site.name] = found = Levels.of(curve, held, self._count)
                 cuts[site.name] = []
                 for step in found.steps:
-                    keeps = keeps_of(self._coupling, curve.keep(problem, int(step)))
+                    keeps = keeps_of(setup.coupling, curve.keep(problem, int(step)))
                     mask = Selection(keeps).mask(
-                        self._coupling.layout.parameters[site.parameter][site.axis]
+                        setup.coupling.layout.parameters[site.parameter][site.axis]
                     )
                     if not step or mask is None:
                         cuts[site.name].append(Cut({}, {}))
@@ -143,7 +124,7 @@ class DenseTrials:
         chosen = range(self.parts) if parts is None else parts
         batches = [self._held[part] for part in chosen]
         total, rows = 0.0, 0
-        for part, output in zip(chosen, self._stream(weights, batches).finish(), strict=True):
+        for part, output in zip(chosen, weights.stream(batches).finish(), strict=True):
             index, dense = self._reference[part]
             here = F.log_softmax(output.flatten(0, -2)[index].float(), dim=-1)
             total += float(F.kl_div(here, dense, log_target=True, reduction="sum"))
@@ -155,8 +136,8 @@ class DenseTrials:
     def _reference(self) -> list[tuple[Tensor, Tensor]]:
         """Per held-out batch: the rows that are compared, and their dense log-probabilities."""
         generator = torch.Generator().manual_seed(self._seed)
-        weights = Weights(self._coupling, self._coupling.program.state)
-        stream = self._stream(weights, self._held)
+        weights = self._fit.weights.dense()
+        stream = weights.stream(self._held)
         found = []
         for part, output in enumerate(stream.finish()):
             real = stream.real_tokens(part, output[..., 0])
@@ -168,16 +149,6 @@ class DenseTrials:
             logits = output.flatten(0, -2)[picked].float()
             found.append((picked, F.log_softmax(logits, dim=-1)))
         return found
-
-    def _stream(self, weights: Weights, batches: Batches) -> Stream:
-        return Stream(
-            self._coupling.program,
-            self._coupling.layout,
-            batches,
-            weights.__getitem__,
-            selection=weights.selection,
-            device=weights.device,
-        )
 
 
 def split(batches: Batches, *, fit_tokens: int, held_tokens: int) -> tuple[Batches, Batches]:

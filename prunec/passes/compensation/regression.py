@@ -18,6 +18,7 @@ from prunec.errors import PlanError
 from prunec.graph.interpreter import Reader, Stream
 from prunec.graph.program import source_line
 from prunec.graph.propagate import Layout
+from prunec.graph.residual import ancestors
 from prunec.importance.statistics import InputGram
 from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
@@ -189,7 +190,7 @@ def residual_offsets(layout: Layout, product: fx.Node) -> Iterator[Offset]:
     Raises:
         PlanError: there is no such way; a norm lies between, for example.
     """
-    before = _ancestors(product)
+    before = ancestors(product)
     order = {node: i for i, node in enumerate(product.graph.nodes)}
     value, scale = product, 1.0
     while True:
@@ -229,17 +230,6 @@ def _step(layout: Layout, value: fx.Node, user: fx.Node) -> float | fx.Node | No
     if name == "add" and isinstance(other, fx.Node) and user.kwargs.get("alpha", 1) == 1:
         return other if other in layout.data else 1.0
     return None
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
 
 
 def _cap(target: Tensor, counts: Tensor) -> Tensor:

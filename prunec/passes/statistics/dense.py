@@ -7,76 +7,51 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from prunec.events import Progress, silent
-from prunec.graph.coupling import CouplingGraph
 from prunec.graph.interpreter import Stream
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import FloatArray, SiteProblem, UnitSet
 from prunec.passes.compensation.regression import Regression
+from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, site_problem
-from prunec.passes.slice import Weights
 from prunec.passes.statistics.measure import Measurement, Statistics
 
 
 def dense_sites(
-    coupling: CouplingGraph,
-    sites: Sequence[Site],
-    names: Collection[str],
-    batches: Sequence[Mapping[str, Tensor]],
-    *,
-    prior: Statistics | None = None,
-    regression: Regression | None = None,
-    weights: Weights | None = None,
-    progress: Progress = silent,
+    setup: Setup, names: Collection[str], *, regression: Regression | None = None
 ) -> Iterator[tuple[Site, SiteProblem, Statistics]]:
     """Each site of the dense model with its statistics, one at a time.
 
     Args:
-        names: the statistics to take; where all are in `prior`, the batches are not read.
-        prior: statistics that were taken before, such as those of gradients; handed on.
+        names: the statistics to take; where all are in the prior, the batches are not read.
         regression: the moments that a compensation asks for beside them.
 
     Raises:
         VerifyError: NaN or Inf at a site.
     """
-    weights = Weights(coupling, coupling.program.state) if weights is None else weights
-    streamed = set(names) - set(GRADIENT_STATISTICS)
-    with progress.task("scoring", total=len(sites)) as task:
-        measurement = _measurement(coupling, sites, streamed, batches, regression, weights)
-        for site in sites:
+    with setup.progress.task("scoring", total=len(setup.sites)) as task:
+        measurement = _measurement(setup, set(names) - set(GRADIENT_STATISTICS), regression)
+        for site in setup.sites:
             task.update(f"scoring {site.name}")
             taken = measurement.take(site) if measurement else {}
-            yield site, site_problem(site, coupling, weights), {**(prior or {}), **taken}
-            weights.release()
+            problem = site_problem(site, setup.coupling, setup.weights)
+            yield site, problem, {**setup.prior, **taken}
+            setup.weights.release()
             task.advance()
 
 
 def _measurement(
-    coupling: CouplingGraph,
-    sites: Sequence[Site],
-    names: Collection[str],
-    batches: Sequence[Mapping[str, Tensor]],
-    regression: Regression | None,
-    weights: Weights,
+    setup: Setup, names: Collection[str], regression: Regression | None
 ) -> Measurement | None:
-    if not sites or not (names or regression):
+    if not setup.sites or not (names or regression):
         return None
 
     def stream() -> Stream:
-        return Stream(
-            coupling.program,
-            coupling.layout,
-            batches,
-            weights.__getitem__,
-            selection=weights.selection,
-            device=weights.device,
-        )
+        return setup.weights.stream(setup.batches)
 
     dense = stream() if regression is not None and regression.needs_dense else None
-    return Measurement(stream(), sites, names, regression=regression, dense=dense)
+    return Measurement(stream(), setup.sites, names, regression=regression, dense=dense)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,14 @@
+"""How much a model reads at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def context_length(model: nn.Module | None) -> int | None:
+    """The most tokens that the positions of a model reach; None where its config sets no limit."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or None
