@@ -28,7 +28,9 @@ from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.allocation.trials import split
 from prunec.passes.allocation.uniform import Allocation, LogIncrease
 from prunec.passes.recipe import load_recipe
+from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, find_sites
+from prunec.passes.slice import Weights
 from prunec.passes.targets.budget import Budget, block_budget
 from prunec.passes.targets.constraints import Constraints
 
@@ -50,7 +52,8 @@ def surveyed() -> tuple[CouplingGraph, list[Site], DenseSurvey]:
     sites, _ = find_sites(coupling, recipe.units)
     criterion = recipe.importance.build("importance")
     compensation = recipe.compensation.build("compensation")
-    return coupling, sites, DenseSurvey(coupling, sites, criterion, compensation, batches())
+    setup = Setup(coupling, sites, criterion, compensation, batches(), Weights(coupling))
+    return coupling, sites, DenseSurvey(setup)
 
 
 def budget(allocation: Allocation, ratio: float, limits: Constraints | None = None) -> Budget:
