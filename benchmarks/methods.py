@@ -3,6 +3,7 @@
     python benchmarks/methods.py --quick                 # 20 %, less text, 200 items a task
     python benchmarks/methods.py                         # 20, 30 and 50 %, 500 items a task
     python benchmarks/methods.py --items 0               # the whole task sets
+    python benchmarks/methods.py --no-tasks              # perplexity only; tasks can follow later
     python benchmarks/methods.py --methods slimgpt auto --ratios 0.5 --seeds 0 1 2
     python benchmarks/methods.py --markdown              # the table of what has been run
 
@@ -96,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--items", type=int, default=500, help="items a task; 0: all of them")
+    parser.add_argument("--no-tasks", action="store_true", help="perplexity only")
     parser.add_argument("--recover", nargs="*", default=[], metavar="RECIPE", help="and LoRA these")
     parser.add_argument("--steps", type=int, default=200, help="of recovery")
     parser.add_argument("--quick", action="store_true", help="20 %%, 32 x 512 tokens, 200 items")
@@ -148,16 +150,20 @@ def run(cell: Cell, table: Table, options: argparse.Namespace) -> None:
     spec = table.protocol.model if cell.method == "dense" else str(pruned)
     if cell.method != "dense":
         table.measured(cell, "pruning", lambda: prune_in_child(cell, table.protocol, pruned))
-    score(cell, table, spec, work, options.items, "")
+    items = None if options.no_tasks else options.items
+    score(cell, table, spec, work, items, "")
     if cell.method in options.recover:
         recovered = work / f"{cell.folder}-recovered"
         table.measured(cell, "recovery", lambda: recover(pruned, recovered, work, options.steps))
-        score(cell, table, str(recovered), work, options.items, "recovered ")
+        score(cell, table, str(recovered), work, items, "recovered ")
     print(cell.name, _summary(table.cells[cell.name]), flush=True)
 
 
-def score(cell: Cell, table: Table, spec: str, work: Path, items: int, prefix: str) -> None:
-    """Perplexity on both texts, and the tasks; the model is opened only if something is missing."""
+def score(cell: Cell, table: Table, spec: str, work: Path, items: int | None, prefix: str) -> None:
+    """Perplexity on both texts, and that many items of each task (0: all; None: no tasks).
+
+    The model is opened only if something is missing.
+    """
     opened: list[Any] = []
 
     def source() -> Any:
@@ -168,6 +174,8 @@ def score(cell: Cell, table: Table, spec: str, work: Path, items: int, prefix: s
     for name, text in (("wikitext2", data_directory() / WIKITEXT), ("c4", split_c4(work)[1])):
         measure = _perplexity(source, text, table.protocol)
         table.measured(cell, f"{prefix}{name}", measure)
+    if items is None:
+        return
     what = f"{prefix}tasks, {items} items" if items else f"{prefix}tasks"
     table.measured(cell, what, lambda: tasks(source(), items))
 
