@@ -61,6 +61,7 @@ def test_a_target_and_constraints_hold_in_the_report() -> None:
     assert report["recipe"]["constraints"] == {
         "tensor_parallel": 2,
         "protect": ["0"],
+        "align": 8,
     }
     first, last = (
         [site for site in report["sites"] if site["block"] == f"model.layers.{i}"] for i in (0, 1)

@@ -1,7 +1,9 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from delivered import deliver
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +13,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def delivery(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A delivered directory by its name in `delivered`, written once; not to be changed."""
+    made: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = deliver(name, tmp_path_factory.mktemp("delivery"))
+        return made[name]
+
+    return find

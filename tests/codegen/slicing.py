@@ -163,14 +163,19 @@ def random_plan(
     seed: int = 0,
     alike: bool = False,
     count: Mapping[str, int] | None = None,
+    parts: Mapping[str, tuple[float, float]] | None = None,
 ) -> Plan:
-    """Other units, and other numbers of them, in every layer; `alike`: the same numbers."""
+    """Other units, and other numbers of them, in every layer; `alike`: the same numbers.
+
+    `parts`: by kind, between which parts of the units stay; half of them or more by default.
+    """
     rng, shared = random.Random(seed), {}
     groups = {}
     for group in coupling.groups:
         if group.kind in kinds and not group.normalised and group.size > max(1, group.minimum):
-            low = max(group.minimum, group.size // 2)
-            kept = rng.randint(low, group.size - 1)
+            low, high = (parts or {}).get(group.kind, (0.5, 1.0))
+            least = max(group.minimum, int(low * group.size))
+            kept = rng.randint(least, min(int(high * group.size), group.size - 1))
             if alike:
                 kept = shared.setdefault((group.kind, group.size), kept)
             kept = (count or {}).get(group.kind, kept)

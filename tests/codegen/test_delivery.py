@@ -1,42 +1,42 @@
 """What users do with a delivered directory, by transformers and its friends alone.
 
-The tiny model runs always; SmolLM2 pruned to 50 %, heads and widths different in every layer, runs
-with the slow tests. It is opened as its own code says, with trust_remote_code.
+The tiny models run always; SmolLM2 pruned to 20 and to 50 %, heads, KV groups and widths different
+in every layer, one attention and one MLP gone, with the slow tests. They are opened as their own
+code says, with trust_remote_code.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as T
-from exporting import saved, written
-from slicing import UNITS, by_plan, coupling_of, example_for, random_plan
+from delivered import SMOLLM2, TINY
+from safetensors.torch import load_file
 
 from prunec.codegen.battery import difference
 
 # transformers 5.2x renamed it; peft and TrainingArguments of other versions say it as before
 RENAMED = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+REAL = [pytest.param(name, marks=pytest.mark.slow) for name in SMOLLM2]
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("delivery") / "pruned"
-    if request.param == "tiny":
-        written("llama_square", folder)
-        return folder
-    from prunec.codegen.shrink import shrink
-    from prunec.models import open_model
+@pytest.fixture(scope="module", params=[*TINY, *REAL])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
-    source = open_model("smollm2")
-    coupling = coupling_of(source.model, source.example)
-    plan = random_plan(coupling, UNITS)
-    result = shrink(source.model, by_plan(source.model, coupling, plan), example=source.example)
-    saved(result, folder, tokenizer=source.tokenizer)
-    return folder
+
+@pytest.fixture(scope="module")
+def directory(name: str, delivery: Callable[[str], Path]) -> Path:
+    return delivery(name)
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +49,68 @@ def opened(directory: Path, **options: Any) -> Any:
     return model.eval()
 
 
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
 def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(**(inputs or example_for(model))).logits
+        found: torch.Tensor = model(**(inputs or {"input_ids": tokens()})).logits
     return found
+
+
+STRANGER = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+sys.modules["prunec"] = None
+torch.set_num_threads(1)
+model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+ids = torch.tensor([list(map(int, sys.argv[3].split(",")))])
+with torch.no_grad():
+    found = {"logits": model.eval()(ids).logits}
+found["tokens"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+save_file(found, sys.argv[2])
+"""
+
+
+def test_a_fresh_process_without_prunec(directory: Path, tmp_path: Path) -> None:
+    """Against the model as prunec itself loads it."""
+    import prunec
+
+    ids = tokens()[:1]
+    command = [sys.executable, "-P", "-c", STRANGER, str(directory), str(tmp_path / "found")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([*command, ",".join(map(str, ids[0].tolist()))], env=environment, check=True)
+    found = load_file(tmp_path / "found")
+    model = prunec.load(directory)
+    assert difference([found["logits"]], [logits(model, input_ids=ids)]) < 1e-6
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(found["tokens"], wanted)
+
+
+def test_sizes_differ_and_two_parts_are_gone(name: str, directory: Path) -> None:
+    """What the rows below are worth depends on it."""
+    config = json.loads((directory / "config.json").read_text())
+    rows = config["per_layer_config"].values()
+    for field in ("intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        assert len({row.get(field) for row in rows}) > 1
+    gone = 0 if name == "tiny" else 2
+    assert len(json.loads((directory / "plan.json").read_text()).get("dropped", ())) == gone
+    before, after = json.loads((directory / "prunec.json").read_text())["report"][
+        "block_parameters"
+    ]
+    if name in SMOLLM2:
+        assert f"-{1 - after / before:.0%}" == name.partition(" ")[2]
 
 
 def test_caches_and_beams(directory: Path) -> None:
     model = opened(directory)
-    ids = example_for(model)["input_ids"]
-    tokens = model.generate(ids, **GREEDY)
+    ids = tokens()
+    greedy = model.generate(ids, **GREEDY)
     for other in ({"cache_implementation": "static"}, {"use_cache": False}):
-        assert torch.equal(model.generate(ids, **GREEDY, **other), tokens)
+        assert torch.equal(model.generate(ids, **GREEDY, **other), greedy)
     beams = model.generate(ids, **GREEDY, num_beams=3)
     assert torch.equal(model.generate(ids, **GREEDY, num_beams=3, use_cache=False), beams)
 
@@ -69,7 +119,7 @@ def test_caches_and_beams(directory: Path) -> None:
 def test_left_padding(directory: Path, attention: str) -> None:
     """A padded row gives what it gives alone."""
     model = opened(directory, attn_implementation=attention)
-    ids = example_for(model)["input_ids"]
+    ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -98,18 +148,17 @@ def test_offloaded_to_disk(directory: Path, tmp_path: Path) -> None:
     assert difference([logits(model)], [logits(wanted)]) < 1e-5
 
 
-def test_compiled(directory: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(directory: Path, backend: str) -> None:
     model = opened(directory)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     try:
-        assert difference([logits(compiled, **example_for(model))], [logits(model)]) < 1e-5
+        assert difference([logits(compiled, input_ids=tokens())], [logits(model)]) < 1e-5
     finally:
         torch._dynamo.reset()
 
 
 def test_pipeline(directory: Path) -> None:
-    if not (directory / "tokenizer.json").is_file():
-        pytest.skip("the tiny model's vocabulary is smaller than the tiny tokenizer's")
     tokenizer = T.AutoTokenizer.from_pretrained(directory)
     text = T.pipeline("text-generation", model=opened(directory), tokenizer=tokenizer)
     assert len(text("The capital of France", max_new_tokens=4)[0]["generated_text"]) > 21
@@ -165,3 +214,43 @@ def test_lora(directory: Path, tmp_path: Path) -> None:
     merged = again.merge_and_unload()
     assert difference([logits(merged, input_ids=batch["input_ids"])], [trained]) < 1e-4
     assert not torch.equal(trained, logits(opened(directory), input_ids=batch["input_ids"]))
+
+
+ROWS = [("The dog sleeps on", " the lazy fox"), ("The quick brown", " fox jumps over the dog")]
+TASK = """task: toy
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{target}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+metadata: {version: 1.0}
+"""
+EVALUATE = "sys.modules['prunec'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+
+
+@pytest.mark.slow
+@pytest.mark.engine("lm-eval")
+def test_lm_eval(directory: Path, tmp_path: Path) -> None:
+    """Its own command line gives what the logits give."""
+    rows = [json.dumps({"text": text, "target": target}) for text, target in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "toy.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
+    command = [sys.executable, "-P", "-c", f"import sys; {EVALUATE}", "run", "--model", "hf"]
+    command += ["--model_args", f"pretrained={directory},trust_remote_code=True,dtype=float32"]
+    command += ["--include_path", str(tmp_path), "--tasks", "toy", "--device", "cpu"]
+    folders = {"HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules"}
+    environment = os.environ | {name: str(tmp_path / folder) for name, folder in folders.items()}
+    output = ["--output_path", str(tmp_path / "out.json")]
+    subprocess.run([*command, *output], env=environment, check=True)
+    (report,) = tmp_path.glob("out*.json")
+    found = json.loads(report.read_text())["results"]["toy"]["perplexity,none"]
+    model, tokenizer = opened(directory), T.AutoTokenizer.from_pretrained(directory)
+    likelihoods = []
+    for text, target in ROWS:
+        start = len(tokenizer(text)["input_ids"])
+        ids = torch.tensor([tokenizer(text + target)["input_ids"]])
+        scores = logits(model, input_ids=ids)[0, start - 1 : -1].log_softmax(-1)
+        likelihoods.append(scores.gather(-1, ids[0, start:, None]).sum())
+    assert found == pytest.approx(float(torch.stack(likelihoods).mean().neg().exp()), rel=1e-3)

@@ -207,6 +207,27 @@ def test_multiples_that_miss_the_target_say_what_they_reach() -> None:
     assert reached != pytest.approx(0.2, rel=0.005)
 
 
+def test_wide_groups_are_aligned() -> None:
+    """96 channels are 32 steps of 3; of 4 they are too few."""
+    plain, aligned, narrow = (run("params=30k", limits=Constraints(align=n))[0] for n in (1, 3, 4))
+    widths = [of_kind(pruned, "ffn_channel") for pruned in (plain, aligned, narrow)]
+    assert any(width % 3 for width in widths[0])
+    assert [width % 3 for width in widths[1]] == [0, 0, 0]
+    assert widths[2] == widths[0]
+    left = parameter_count(coupled(), aligned.selection.counts)
+    assert left == pytest.approx(30_000, rel=0.005)
+
+
+def test_alignment_yields_to_the_target_and_to_multiples() -> None:
+    """Half a step is 144 parameters, and 0.5 % of what is to go are 37."""
+    pruned, budget = run(0.2, limits=Constraints(align=3))
+    assert any(width % 3 for width in of_kind(pruned, "ffn_channel"))
+    assert abs(budget.rounding) <= 96
+    pruned, _ = run("params=30k", limits=Constraints({"ffn_channel": 2}, align=3))
+    assert any(width % 3 for width in of_kind(pruned, "ffn_channel"))
+    assert [width % 2 for width in of_kind(pruned, "ffn_channel")] == [0, 0, 0]
+
+
 def test_a_group_smaller_than_the_multiple_stays_whole() -> None:
     limits = Constraints({"ffn_channel": 128})
     pruned, _ = run("kv-cache=50%", limits=limits)
@@ -254,6 +275,7 @@ def test_protected_layers_stay_whole(protect: str, whole: list[str]) -> None:
         (lambda: hardware("tp=0"), "no hardware preset"),
         (lambda: Constraints(minimum=0.5, maximum=0.2), "not possible"),
         (lambda: Constraints({"ffn_channel": 0}), "not possible"),
+        (lambda: Constraints(align=0), "align=0 is not possible"),
         (lambda: Constraints.from_dict({"multiples": 3}), "mapping of settings"),
         (lambda: run(0.3, limits=Constraints(protect=("7",))), "cannot protect block 7"),
     ],
@@ -267,7 +289,7 @@ def test_constraints_of_a_recipe_read_back() -> None:
     recipe = load_recipe("slimgpt").override(
         {"constraints.multiple_of": 64, "constraints.protect": "0,-1", "constraints.maximum": 0.7}
     )
-    assert recipe.constraints == Constraints({"ffn_channel": 64}, 0.0, 0.7, 1, ("0", "-1"))
+    assert recipe.constraints == Constraints({"ffn_channel": 64}, 0.0, 0.7, 1, ("0", "-1"), 8)
     assert Recipe.from_dict(recipe.to_dict(), where="here") == recipe
 
 

@@ -8,21 +8,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunec.codegen.battery import difference
+from prunec.codegen.battery import difference, tolerance
 from prunec.codegen.exporters import stranger
 from prunec.codegen.exporters.exporter import Finding
-from prunec.codegen.exporters.traced import Inputs, expected, unpadded
+from prunec.codegen.exporters.source import ModelDirectory
+from prunec.codegen.exporters.traced import Inputs, expected, named_forward, unpadded
 from prunec.errors import VerifyError
 
 PRUNEC = ("prunec",)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs an exported file.
+
+    Attributes:
+        function: of `stranger`.
+        package: whose version is reported.
+        limit: of the largest difference, relative to the largest logit; None: of the model's type.
+        hidden: packages that its process cannot import.
+    """
+
+    function: str
+    package: str
+    limit: float | None = None
+    hidden: Sequence[str] = PRUNEC
 
 
 def absent(engine: str, package: str, module: str, fix: str) -> Finding | None:
@@ -41,39 +60,35 @@ def named(package: str) -> str:
 
 
 def measure(
-    engine: str,
-    package: str,
+    engine: Engine,
+    source: ModelDirectory,
     file: Path,
-    model: nn.Module,
-    cases: Mapping[str, Inputs],
-    *,
-    limit: float,
-    hidden: Sequence[str] = PRUNEC,
+    cases: Mapping[str, Inputs] | None = None,
 ) -> Finding:
-    """Run `cases` in the engine and compare with the model.
+    """Run `cases` in the engine and compare with the model in `source`.
 
     Args:
-        engine: a function of `stranger`.
-        model: takes the inputs by name and returns the logits, as `traced.named_forward`.
-        limit: of the largest difference, relative to the largest logit.
-        hidden: packages that the engine's process cannot import.
+        cases: inputs by name; those that the traced program was compared on by default.
 
     Raises:
         VerifyError: the file does not open, or gives other numbers.
     """
-    found = outputs(engine, file, cases, hidden=hidden)
+    cases = source.traced.cases if cases is None else cases
+    model = named_forward(source.model, list(next(iter(cases.values()))))
+    limit = tolerance(source.model) if engine.limit is None else engine.limit
+    found = outputs(engine.function, file, cases, hidden=engine.hidden)
     worst = 0.0
     for name, inputs in cases.items():
         gap = difference([unpadded(found[name], inputs).float()], [expected(model, inputs).float()])
         if not gap <= limit:
             raise VerifyError(
                 f"{file.name} is not the model",
-                where=f"{named(package)}, {name}: off by {gap:.1e} of the largest logit",
+                where=f"{named(engine.package)}, {name}: off by {gap:.1e} of the largest logit",
                 so="nothing was delivered",
             )
         worst = max(worst, gap)
     detail = f"{', '.join(cases)}: equal within {worst:.1e} of the largest logit"
-    return Finding(named(package), "measured", detail)
+    return Finding(named(engine.package), "measured", detail)
 
 
 def outputs(

@@ -12,15 +12,14 @@ from typing import ClassVar
 
 import torch
 
-from prunec.codegen.exporters.compare import absent, measure
+from prunec.codegen.exporters.compare import Engine, absent, measure
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.pt2 import untraceable
 from prunec.codegen.exporters.source import ModelDirectory
-from prunec.codegen.exporters.traced import named_forward
 from prunec.errors import ExportError
 
 _LOG = logging.getLogger("torch.onnx")
-LIMIT = 1e-3  # relative to the largest logit
+_ENGINE = Engine("onnx", "onnxruntime", limit=1e-3)
 LARGE_BYTES = 1_500_000_000  # one protobuf holds 2 GiB
 FIX = 'pip install "prunec[onnx]"'
 
@@ -55,17 +54,7 @@ class Onnx:
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
         missing = absent("onnxruntime", "onnxruntime", "onnxruntime", FIX)
-        if missing is not None:
-            return missing
-        traced = source.traced
-        return measure(
-            "onnx",
-            "onnxruntime",
-            folder / self.file,
-            named_forward(source.model, list(traced.example)),
-            traced.cases,
-            limit=LIMIT,
-        )
+        return missing or measure(_ENGINE, source, folder / self.file)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from prunec.codegen.battery import resized, tolerance
-from prunec.codegen.exporters.compare import measure
+from prunec.codegen.battery import resized
+from prunec.codegen.exporters.compare import Engine, measure
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.source import ModelDirectory
-from prunec.codegen.exporters.traced import SHAPES, named_forward
+from prunec.codegen.exporters.traced import SHAPES
 from prunec.codegen.fields import overrides
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import assemble, stock_class, tensors_of
@@ -29,6 +29,7 @@ from prunec.graph.selection import Keep, Selection
 from prunec.graph.trace import trace
 from prunec.passes.slice import pad_state
 
+_ENGINE = Engine("transformers", "transformers")
 _TRIALS = 100_000  # sets of counts tried for groups that share all their axes
 
 
@@ -64,14 +65,8 @@ class Padded:
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
         shapes = {f"{batch} x {length}": (batch, length) for batch, length in SHAPES}
-        return measure(
-            "transformers",
-            "transformers",
-            folder / self.file,
-            named_forward(source.model, list(source.example)),
-            {n: resized(source.model, source.example, *size) for n, size in shapes.items()},
-            limit=tolerance(source.model),
-        )
+        cases = {n: resized(source.model, source.example, *size) for n, size in shapes.items()}
+        return measure(_ENGINE, source, folder / self.file, cases)
 
 
 def _count(tensors: Any) -> int:

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import torch
 
-from prunec.codegen.battery import tolerance
-from prunec.codegen.exporters.compare import measure
+from prunec.codegen.exporters.compare import Engine, measure
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.source import ModelDirectory
-from prunec.codegen.exporters.traced import named_forward
 from prunec.errors import TraceError
+
+_ENGINE = Engine("pt2", "torch", hidden=("prunec", "transformers"))
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,7 @@ class Pt2:
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
         """In a fresh process that can import neither prunec nor transformers."""
-        traced = source.traced
-        return measure(
-            "pt2",
-            "torch",
-            folder / self.file,
-            named_forward(source.model, list(traced.example)),
-            traced.cases,
-            limit=tolerance(source.model),
-            hidden=("prunec", "transformers"),
-        )
+        return measure(_ENGINE, source, folder / self.file)
 
 
 def untraceable(source: ModelDirectory) -> list[str]:

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from prunec.codegen.battery import tolerance
-from prunec.codegen.exporters.compare import measure
+from prunec.codegen.exporters.compare import Engine, measure
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.pt2 import untraceable
 from prunec.codegen.exporters.python_graph import readable
@@ -22,6 +21,7 @@ from prunec.codegen.exporters.traced import Traced, named_forward
 from prunec.codegen.fields import overrides
 from prunec.errors import ExportError
 
+_ENGINE = Engine("python", "torch", hidden=("prunec", "transformers"))
 _WEIGHTS = "model.safetensors"
 _HEAD = '''\
 """{title}
@@ -111,17 +111,8 @@ class Python:
         return source.traced.fixed
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
-        """In a fresh process where prunec and transformers cannot be imported."""
-        traced = source.traced
-        return measure(
-            "python",
-            "torch",
-            folder / self.file,
-            named_forward(source.model, list(traced.example)),
-            traced.cases,
-            limit=tolerance(source.model),
-            hidden=("prunec", "transformers"),
-        )
+        """In a fresh process that can import neither prunec nor transformers."""
+        return measure(_ENGINE, source, folder / self.file)
 
 
 def _written(source: ModelDirectory) -> tuple[str, dict[str, Tensor]]:

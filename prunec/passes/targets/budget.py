@@ -118,11 +118,12 @@ class Budget:
         account = self._accounts[site.name]
         asked = self._asked(site)
         if self._counts_parameters and not self.constraints.rounds and account.least <= 0:
-            return round(asked)
+            wished = {g.name: g.size - self.constraints.wish(g) + 1 for g in site.groups}
+            return round(asked + account.parameters - self._sizes.at(site, wished))
         if len(site.groups) > 1:
             return None
         (group,) = site.groups
-        measure, step = self.goal.measure, self.constraints.step(group)
+        measure, step = self.goal.measure, self.constraints.wish(group)
         removed = bisect.bisect_left(
             range(group.size - group.minimum),
             asked,
@@ -136,19 +137,23 @@ class Budget:
     def choose(self, site: Site, curve: RemovalCurve) -> int:
         """The number of steps along a curve that comes nearest to what is asked; spends it.
 
+        Among the numbers of units that the constraints wish for, if that is near enough.
+
         Raises:
             PlanError: no point of the curve obeys the constraints.
         """
         account = self._accounts[site.name]
         asked = self._asked(site)
-        allowed = np.flatnonzero(self.constraints.allowed(site, curve, account.parameters))
-        if not len(allowed):
+        allowed = self.constraints.allowed(site, curve, account.parameters)
+        if not allowed.any():
             raise PlanError(
                 f"{site.name}: no numbers of units obey the constraints",
                 fix="loosen multiple_of or tensor_parallel, or protect this layer",
             )
         removed = self._removed(account, curve)
-        steps = int(allowed[np.argmin(np.abs(removed[allowed] - asked))])
+        away = np.where(allowed, np.abs(removed - asked), np.inf)
+        wished = np.where(self.constraints.wished(site, curve), away, np.inf)
+        steps = int(np.argmin(wished if wished.min() <= self.goal.tolerance else away))
         self._carry = self._carry + self._wants.get(site.name, 0.0) - float(removed[steps])
         self.removed += float(removed[steps])
         return steps

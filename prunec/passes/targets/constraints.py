@@ -18,6 +18,7 @@ from prunec.passes.sites import Site
 PRESETS: Mapping[str, int] = {"gpu": 64, "vllm": 128, "gguf-k": 256}
 """FFN widths that the kernels of an engine take whole: tensor cores, vLLM, k-quant blocks."""
 
+_WIDE = 32  # steps of `align` that a group must have
 _SPLIT = ("ffn_channel", "head", "kv_group")
 
 
@@ -31,6 +32,8 @@ class Constraints:
         minimum, maximum: least and most that each layer (an attention, an FFN: the groups of one
             site) gives, as a ratio of the parameters that they hold.
         tensor_parallel: heads, KV groups and FFN widths are divisible by it.
+        align: groups of 32 times this many units or more keep a multiple of it where the target
+            is still met: kernels are slow at odd widths. A wish, where the others are rules.
         protect: layers that stay whole: a block by index (negative from the end) or a module path.
     """
 
@@ -39,6 +42,7 @@ class Constraints:
     maximum: float = 1.0
     tensor_parallel: int = 1
     protect: tuple[str, ...] = ()
+    align: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.minimum <= self.maximum <= 1:
@@ -47,7 +51,8 @@ class Constraints:
                 " are not possible",
                 fix="use ratios with 0 <= minimum <= maximum <= 1",
             )
-        for name, value in {**self.multiple_of, "tensor_parallel": self.tensor_parallel}.items():
+        whole = {"tensor_parallel": self.tensor_parallel, "align": self.align}
+        for name, value in {**self.multiple_of, **whole}.items():
             if type(value) is not int or value < 1:
                 raise PlanError(
                     f"constraints: {name}={value!r} is not possible",
@@ -69,6 +74,7 @@ class Constraints:
             min(self.maximum, other.maximum),
             math.lcm(self.tensor_parallel, other.tensor_parallel),
             tuple(dict.fromkeys([*self.protect, *other.protect])),
+            math.lcm(self.align, other.align),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,10 +133,22 @@ class Constraints:
             return both
         return split if group.size % split else group.size
 
+    def wish(self, group: Group) -> int:
+        """What the number of units kept of a group is a multiple of if nothing speaks against it.
+
+        One such step of a wide group is at most 3 % of it. What `step` says is not made coarser.
+        """
+        step = self.step(group)
+        return self.align if step == 1 and group.size >= _WIDE * self.align else step
+
     def least(self, group: Group) -> int:
         """The fewest units of a group that may stay."""
         step = self.step(group)
         return math.ceil(group.minimum / step) * step
+
+    def wished(self, site: Site, curve: RemovalCurve) -> BoolArray:
+        """Which points of a curve, its beginning included, have the numbers of units wished for."""
+        return _multiples(site, curve, {group.name: self.wish(group) for group in site.groups})
 
     def allowed(self, site: Site, curve: RemovalCurve, held: int) -> BoolArray:
         """Which points of a curve, its beginning included, obey the multiples and bounds.
@@ -138,11 +156,8 @@ class Constraints:
         Args:
             held: parameters of the site's groups before.
         """
-        counts = counts_along(site, curve)
         removed = np.concatenate(([0], curve.parameters))
-        fine = np.ones(len(removed), dtype=bool)
-        for group in site.groups:
-            fine &= counts[group.name] % self.step(group) == 0
+        fine = _multiples(site, curve, {group.name: self.step(group) for group in site.groups})
         slack = 1e-9 * held
         bounded = (removed >= self.minimum * held - slack) & (
             removed <= self.maximum * held + slack
@@ -159,6 +174,14 @@ def counts_along(site: Site, curve: RemovalCurve) -> dict[str, IntArray]:
         group.name: group.size - np.concatenate(([0], np.cumsum(names == group.name)))
         for group in site.groups
     }
+
+
+def _multiples(site: Site, curve: RemovalCurve, steps: Mapping[str, int]) -> BoolArray:
+    """Where along a curve every group keeps a multiple of its step."""
+    fine = np.ones(len(curve.removals) + 1, dtype=bool)
+    for name, counts in counts_along(site, curve).items():
+        fine &= counts % steps[name] == 0
+    return fine
 
 
 def hardware(text: str) -> Constraints:
