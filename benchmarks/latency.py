@@ -7,8 +7,8 @@ Without directories the dense model is cut to the sizes that the recipe slimgpt 
 the weights do not matter here). Each engine runs in a process of its own, in which the models take
 turns. The ideal of prefill is the ratio of FLOPs of 1 x prompt tokens, LM head included (llama.cpp
 computes the logits of the last token alone, and so does its ideal); of decoding the ratio of the
-bytes of the weights, which a step reads once. `--profile` says where the time of a prefill goes; `--linears` times
-MLPs alone, at widths of several multiples. Writes results/latency.json.
+bytes of the weights, which a step reads once. `--profile` says where the time of a prefill goes;
+`--linears` times MLPs alone, at widths of several multiples. Writes results/latency.json.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ MODULES = {
     "onnxruntime": "onnxruntime",
     "lm-eval": "lm_eval",
     "peft": "peft",
+    "bitsandbytes": "bitsandbytes",
 }
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
-ENGINES = ("llama-cpp-python", "onnxruntime", "chromium", "lm-eval", "peft")
+ENGINES = ("llama-cpp-python", "onnxruntime", "chromium", "lm-eval", "peft", "bitsandbytes")
 
 
 def present(engine: str) -> bool:

@@ -55,7 +55,13 @@ def open_source(
 
 
 def save_result(
-    result: Result, out: Path, source: Source, progress: Progress, *, overwrite: bool
+    result: Result,
+    out: Path,
+    source: Source,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    max_shard_size: str = "1GB",
 ) -> None:
     """Write the directory, without the progress bars that transformers draws."""
     from prunec.models.quiet import quiet
@@ -66,6 +72,7 @@ def save_result(
             tokenizer=source.tokenizer,
             base_model=source.spec,
             overwrite=overwrite,
+            max_shard_size=max_shard_size,
             progress=progress,
         )
 

@@ -4,6 +4,7 @@ import json as jsons
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,9 @@ def prune(
             "target then reads no data. One-shot: see docs/criteria.md.",
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of one file of weights in OUT, such as 500MB.")
+    ] = "1GB",
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Upload OUT to the Hugging Face Hub, as someone/name."),
@@ -150,6 +154,7 @@ def prune(
     from prunec.calibration.sources import parse_source
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_batches, open_source, save_result
+    from prunec.codegen.directory import check_shard_size
     from prunec.passes.checkpoint import progress_folder, remove_journal
     from prunec.passes.distributed import launched
     from prunec.passes.targets.constraints import Constraints
@@ -157,8 +162,10 @@ def prune(
     from prunec.passes.targets.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
+    save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
     training = chosen(recover, None, recover_set or []) if recover else None
     aim = chosen_target(ratio, target)
+    check_shard_size(max_shard_size)
     _check(out, dry_run=dry_run, overwrite=overwrite)
     cut = _read_plan(plan) if plan else None
     limits = Constraints(
@@ -200,13 +207,13 @@ def prune(
                 result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
             if not together.first:  # the first process writes
                 return
-            save_result(result, out, source, screen, overwrite=overwrite)
+            save(result, out, source, screen)
         remove_journal(saved)
     else:
         assert cut
         result = _apply(screen, source, cut)
         if not dry_run and out:
-            save_result(result, out, source, screen, overwrite=overwrite)
+            save(result, out, source, screen)
     show_report(screen, result.report)
     written = None if dry_run else str(out)
     record = {"model": model, "out": written, **result.report.to_json()}

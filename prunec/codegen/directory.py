@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 import sys
@@ -44,6 +45,16 @@ def check_target(directory: Path, *, overwrite: bool = False, holds: str = "conf
                 fix="remove it yourself, or name another",
             )
     _check_writable(directory)
+
+
+def check_shard_size(size: str) -> None:
+    """Refuse early what transformers would refuse when it writes.
+
+    Raises:
+        ExportError: it is no number of KB, MB, GB or TB.
+    """
+    if not re.fullmatch(r"[0-9]*[1-9][0-9]* ?[KMGT]B", size.upper()):
+        raise ExportError(f"no size of a weight file: {size!r}", fix="such as 500MB or 5GB")
 
 
 def _check_writable(path: Path) -> None:

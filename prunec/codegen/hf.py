@@ -14,7 +14,7 @@ import yaml
 
 import prunec
 from prunec.codegen.card import model_card
-from prunec.codegen.directory import staged
+from prunec.codegen.directory import check_shard_size, staged
 from prunec.codegen.gate import accept
 from prunec.codegen.generated import FORMAT, adopt, auto_classes
 from prunec.codegen.shrink import Shrunk
@@ -50,12 +50,13 @@ def save(
             "report", "recovery" and "metrics" are read by the model card. Each may lack.
         finish: called with the folder before it gets its name, for further files.
         overwrite: replace an existing model directory, once the new one is proven.
-        max_shard_size: as `save_pretrained` takes it.
+        max_shard_size: of one weight file, such as "500MB".
 
     Raises:
         ExportError: this model or this place cannot take it.
         VerifyError: the directory is not the model; nothing is delivered.
     """
+    check_shard_size(max_shard_size)
     with at_hand(shrunk.model, shrunk.stored):
         auto = check_model(shrunk.model)
     with staged(Path(directory), overwrite=overwrite) as folder:

@@ -39,12 +39,22 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**DECODER, tie_word_embeddings=True)),
     "llama_mha": lambda: T.LlamaForCausalLM(T.LlamaConfig(**HEADS)),
-    # as in SmolLM2: as many KV groups as query heads in each
+    # as in SmolLM2: as many KV groups as query heads in each, and a base of its own
     "llama_square": lambda: T.LlamaForCausalLM(
-        T.LlamaConfig(**{**DECODER, "num_attention_heads": 9, "hidden_size": 72}, head_dim=8)
+        T.LlamaConfig(
+            **{**DECODER, "num_attention_heads": 9, "hidden_size": 72},
+            head_dim=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
     ),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**DECODER)),
-    "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**DECODER, head_dim=12)),
+    "qwen3": lambda: T.Qwen3ForCausalLM(
+        T.Qwen3Config(
+            **DECODER,
+            head_dim=12,
+            rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        )
+    ),
     "gemma2": lambda: T.Gemma2ForCausalLM(
         T.Gemma2Config(**DECODER, head_dim=12, query_pre_attn_scalar=12, sliding_window=6)
     ),

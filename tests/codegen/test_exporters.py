@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -110,9 +111,33 @@ def test_gguf_holds_sizes_by_layer_and_turns_the_rotary_rows(
     )
 
 
+def test_gguf_of_removed_parts(
+    delivery: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp skips the rest of a layer without an FFN: a removed one is there, of zeros."""
+    monkeypatch.setattr(compare, "find_spec", lambda _: None)
+    prunec.export(delivery("tiny, skipped"), "gguf", tmp_path / "small.gguf")
+    reader = gguf.GGUFReader(tmp_path / "small.gguf")
+    heads, widths = (
+        list(reader.fields[f"deci.{key}"].contents())
+        for key in ("attention.head_count", "feed_forward_length")
+    )
+    assert heads[0] == 0
+    assert widths[2] == 32
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert "blk.0.attn_q.weight" not in tensors
+    assert not any(tensors[f"blk.2.ffn_{name}.weight"].any() for name in ("gate", "up", "down"))
+
+
 def test_neighbours_and_halves() -> None:
     rows = torch.arange(8)
     assert interleaved(rows, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.engine("llama-cpp-python")
+def test_removed_parts_in_llama_cpp(delivery: Callable[[str], Path], tmp_path: Path) -> None:
+    done = prunec.export(delivery("tiny, skipped"), "gguf", tmp_path / "small.gguf")
+    assert "argmax equal at 100.0%" in done.finding.detail
 
 
 @pytest.mark.engine("llama-cpp-python")

@@ -295,6 +295,32 @@ def test_the_gate(tmp_path: Path) -> None:
     assert caught.value.so == "nothing was delivered"
 
 
+def test_the_gate_has_no_prunec_and_wants_every_tensor(tmp_path: Path) -> None:
+    """Neither code that leans on prunec nor a tensor that comes up random passes."""
+    from safetensors.torch import load_file, save_file
+
+    from prunec.codegen.gate import accept
+
+    *_, result = shrunk("llama")
+    result.model.save_pretrained(tmp_path / "out")
+
+    def refused() -> str:
+        with pytest.raises(VerifyError) as caught:
+            accept(result.model, tmp_path / "out", "AutoModelForCausalLM", result.example)
+        return str(caught.value.where)
+
+    code = tmp_path / "out" / "modeling_prunec.py"
+    text = code.read_text()
+    code.write_text(f"import prunec\n{text.partition('from __future__ import annotations')[2]}")
+    assert "No module named 'prunec'" in refused()
+    code.write_text(text)
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.input_layernorm.weight"]  # of ones, as it would come up
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "missing_keys: ['model.layers.1.input_layernorm.weight']" in refused()
+
+
 def test_the_gate_compares_bits(tmp_path: Path) -> None:
     from prunec.codegen.gate import accept
 

@@ -69,7 +69,7 @@ def opened_there(name: str, folder: Path, old: Path) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("name", ["llama_square", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama_square", "qwen3", "gpt2"])  # two with rope of their own
 def test_opens(name: str, tmp_path: Path, old: Path) -> None:
     done = opened_there(name, tmp_path / name, old)
     assert done.returncode == 0, done.stderr[-2000:]
