@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,10 +94,10 @@ class Hub:
 
 
 @pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, set[str]]]]:
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, set[str]]]:
     monkeypatch.setattr(hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "uploads", [])
-    yield Hub.uploads
+    return Hub.uploads
 
 
 def test_push_by_the_command(work: Path, uploads: list[tuple[str, set[str]]]) -> None:
