@@ -140,15 +140,15 @@ def _hashes(source: ModelDirectory) -> str:
 
 def _weights(source: ModelDirectory) -> str:
     """The shapes that the config stands for, on meta, against those of the files."""
-    table = source.config.get("prunec") or {}
+    table = source.table
     for kind in ("shapes", "added"):
-        for name, shape in (table.get(kind) or {}).items():
+        for name, shape in table[kind].items():
             if name in source.shapes and list(source.shapes[name]) != shape:
                 found = list(source.shapes[name])
                 raise ModelError(f"{name} is {found} in the weights, {shape} in config.prunec")
             if name not in source.shapes and name in {n for n, _ in _saved(source)}:
                 raise ModelError(f"{name} of config.prunec is not in the weights")
-    if table:
+    if "prunec" in source.config:
         return f"{len(table['shapes'])} sizes as config.prunec lists them"
     model: Any = source.model
     stock = meta_model(stock_class(model), model.config, {}, validate=False)
@@ -196,7 +196,7 @@ def _plan(source: ModelDirectory) -> str:
 
 def _engines(source: ModelDirectory) -> Iterator[Engine]:
     uniform = "prunec" not in source.config
-    table = source.config.get("prunec") or {}
+    table = source.table
     how = "yes" if uniform else "code"
     code = "the stock class" if uniform else "trust_remote_code=True, or prunec.load"
     yield Engine(named("transformers"), how, code, "measured")
@@ -238,7 +238,7 @@ def _vllm(table: Mapping[str, Any], uniform: bool) -> Engine:
     state = "not run" if find_spec("vllm") is not None else "engine absent"
     if uniform:
         return Engine("vLLM", "yes", "as the dense model, if it knows that", state)
-    if table.get("skip"):
+    if table["skip"]:
         return Engine("vLLM", "no", "its Transformers backend reads no removed sub-layers", state)
     reason = "its Transformers backend reads per_layer_config: --trust-remote-code"
     return Engine("vLLM", "code", reason, state)

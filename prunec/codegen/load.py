@@ -35,17 +35,28 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     """
     import transformers
 
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no readable config.json: {error}", where=str(directory)) from error
-    name = (config.get("architectures") or [""])[0].removeprefix("Prunec")
+    config = read_config(Path(directory))
+    name = str(next(iter(config.get("architectures") or [""]))).removeprefix("Prunec")
     cls: Any = getattr(transformers, name, None)
-    if cls is None:
-        raise ModelError(f"transformers has no class {name!r}", where=str(path))
+    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers has no model class {name!r}", where=str(directory))
     made = pruned_class(cls) if is_pruned(config) else cls
     return made.from_pretrained(str(directory), **kwargs).eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no readable config.json: {error}", where=str(directory)) from error
+    if not isinstance(config, dict):
+        raise ModelError("config.json holds no JSON object", where=str(directory))
+    return config
 
 
 def is_pruned(config: Mapping[str, Any]) -> bool:

@@ -80,7 +80,7 @@ def test_load_refuses(tmp_path: Path, pruned: tuple[Shrunk, Path]) -> None:
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["Nothing"]}')
-    with pytest.raises(ModelError, match="no class 'Nothing'"):
+    with pytest.raises(ModelError, match="no model class 'Nothing'"):
         load(tmp_path)
     _, directory = pruned
     config = json.loads((directory / "config.json").read_text())

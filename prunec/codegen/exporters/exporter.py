@@ -16,6 +16,9 @@ from prunec.models.quiet import quiet
 from prunec.registry import plugin
 
 
+_SUFFIXES = frozenset({".pt2", ".onnx", ".gguf", ".py", ".safetensors", ".json"})
+
+
 @dataclass(frozen=True)
 class Finding:
     """What came of opening the exported file in its engine.
@@ -110,7 +113,7 @@ def export(
     """
     exporter = _exporter(to, settings or {})
     source = ModelDirectory.read(Path(directory))
-    with _place(exporter, Path(out), overwrite=overwrite) as folder, quiet():
+    with _place(exporter, to, Path(out), overwrite=overwrite) as folder, quiet():
         with progress.task(f"see whether {to} can hold it"):
             reasons = list(exporter.can_express(source))
         if reasons:
@@ -145,8 +148,10 @@ def _exporter(name: str, settings: Mapping[str, Any]) -> Exporter:
 
 
 @contextmanager
-def _place(exporter: Exporter, out: Path, *, overwrite: bool) -> Iterator[Path]:
+def _place(exporter: Exporter, to: str, out: Path, *, overwrite: bool) -> Iterator[Path]:
     suffix = Path(exporter.file).suffix
+    if out.suffix in _SUFFIXES - {suffix} or (out.suffix in _SUFFIXES and not exporter.alone):
+        raise ExportError(f"{out.name} is no name for {to}", fix="name a directory")
     if exporter.alone and out.suffix == suffix:
         with staged_file(out, inside=exporter.file, overwrite=overwrite) as folder:
             yield folder

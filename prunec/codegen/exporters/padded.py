@@ -43,9 +43,9 @@ class Padded:
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
         if "prunec" not in source.config:
             return ["its layers are alike: the directory is a stock one already"]
-        if skipped := source.config["prunec"].get("skip"):
+        if skipped := source.table["skip"]:
             return [f"a removed sub-layer is no layer of zeros: {next(iter(skipped))}"]
-        if added := source.config["prunec"].get("added"):
+        if added := source.table["added"]:
             return [f"the stock class has no place for {next(iter(added))}"]
         return [] if source.once(_widened) else ["no sizes of the stock class hold every layer"]
 

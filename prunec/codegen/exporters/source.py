@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prunec.codegen.acceptance import align
 from prunec.codegen.exporters.traced import Traced, trace_dynamic
-from prunec.codegen.load import load
+from prunec.codegen.load import load, read_config
 from prunec.errors import ModelError
 from prunec.models import example_inputs
 from prunec.models.pretrained import OPENING_ERRORS
 
 T = TypeVar("T")
+_TABLES = ("shapes", "added", "attrs", "skip")
+_STOCK: Mapping[str, Any] = {name: {} for name in _TABLES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +35,20 @@ class ModelDirectory:
     @classmethod
     def read(cls, path: Path) -> ModelDirectory:
         """Raises ModelError where there is no model."""
-        try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no readable config.json: {error}", where=str(path)) from error
-        if not isinstance(config, dict) or not list(path.glob("*.safetensors")):
+        config = read_config(path)
+        if not list(path.glob("*.safetensors")):
             raise ModelError("not a model directory with safetensors", where=str(path))
+        table = config.get("prunec", _STOCK)
+        if not (isinstance(table, dict) and all(isinstance(table.get(k), dict) for k in _TABLES)):
+            raise ModelError(
+                f"config.json: `prunec` has no tables {', '.join(_TABLES)}", where=str(path)
+            )
         return cls(path, config)
+
+    @property
+    def table(self) -> Mapping[str, Any]:
+        """`prunec` of the config: what the generated class does; empty for a stock directory."""
+        return cast(Mapping[str, Any], self.config.get("prunec", _STOCK))
 
     @cached_property
     def weight_bytes(self) -> int:
