@@ -15,7 +15,7 @@ from prunec.events import Progress, silent
 from prunec.models.quiet import quiet
 from prunec.registry import plugin
 
-
+# that OUT must not have by mistake
 _SUFFIXES = frozenset({".pt2", ".onnx", ".gguf", ".py", ".safetensors", ".json"})
 
 
@@ -150,9 +150,11 @@ def _exporter(name: str, settings: Mapping[str, Any]) -> Exporter:
 @contextmanager
 def _place(exporter: Exporter, to: str, out: Path, *, overwrite: bool) -> Iterator[Path]:
     suffix = Path(exporter.file).suffix
-    if out.suffix in _SUFFIXES - {suffix} or (out.suffix in _SUFFIXES and not exporter.alone):
-        raise ExportError(f"{out.name} is no name for {to}", fix="name a directory")
-    if exporter.alone and out.suffix == suffix:
+    is_file = exporter.alone and out.suffix == suffix
+    if out.suffix in _SUFFIXES and not is_file:
+        or_file = f", or a file that ends in {suffix}" if exporter.alone else ""
+        raise ExportError(f"{out.name} is no name for {to}", fix=f"name a directory{or_file}")
+    if is_file:
         with staged_file(out, inside=exporter.file, overwrite=overwrite) as folder:
             yield folder
         return
