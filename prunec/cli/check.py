@@ -12,12 +12,15 @@ def check(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A directory that `prunec prune` wrote.")
     ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not run it in the engines that are installed.")
+    ] = False,
     json: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Test a directory, and list the engines that can open it.
 
-    Exit code 1 if something in it is wrong.
+    It is run in those that are installed, in the form that each reads. Exit code 1 if something in it is wrong.
 
     Example: prunec check smaller --json -
     """
@@ -25,7 +28,7 @@ def check(
     from prunec.cli.console import Screen
 
     screen = Screen(quiet=quiet, json=json)
-    found = prunec.check(directory, progress=screen)
+    found = prunec.check(directory, measure=not quick, progress=screen)
     rows = [[t.name, f"WRONG: {t.problem}" if t.problem else "ok", t.detail] for t in found.tests]
     screen.table("Directory", ["test", "result", "what was seen"], rows, words=(0, 1, 2))
     table = [[e.name, e.opens, e.state, e.reason] for e in found.engines]

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunec.codegen.battery import FORWARD_ERRORS
-from prunec.codegen.exporters.compare import named
-from prunec.codegen.exporters.deci import Deci
-from prunec.codegen.exporters.gguf import Gguf
-from prunec.codegen.exporters.padded import Padded
+from prunec.codegen.engines import Engine, engines
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import named_forward
 from prunec.codegen.perturb import meta_model
@@ -42,23 +38,6 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One program that may open the directory.
-
-    Attributes:
-        name: of the engine.
-        opens: "yes", "code" (it runs modeling_prunec.py), "export" (another form of it) or "no".
-        reason: why, or by what command.
-        state: "measured", "engine absent", or "not run".
-    """
-
-    name: str
-    opens: str
-    reason: str
-    state: str = "not run"
-
-
-@dataclass(frozen=True)
 class Checked:
     """The tests of a directory and the table of engines."""
 
@@ -73,8 +52,11 @@ class Checked:
         return {"whole": self.whole, **asdict(self)}
 
 
-def check(directory: str | Path, *, progress: Progress = silent) -> Checked:
+def check(directory: str | Path, *, measure: bool = True, progress: Progress = silent) -> Checked:
     """Test a directory that prunec wrote, and say which engines can open it.
+
+    Args:
+        measure: run it in the engines that are installed, each in the form that it reads.
 
     Raises:
         ModelError: it is no model directory at all.
@@ -97,9 +79,9 @@ def check(directory: str | Path, *, progress: Progress = silent) -> Checked:
                 tests.append(Test(name, error.message, error.where or ""))
             task.advance()
         whole = all(test.problem is None for test in tests)
-        task.update("ask which engines can open it")
-        engines = tuple(_engines(source)) if whole else ()
-    return Checked(tuple(tests), engines)
+    with quiet(), progress.task("see which engines can open it"):
+        table = tuple(engines(source, measure=measure)) if whole else ()
+    return Checked(tuple(tests), table)
 
 
 def _files(source: ModelDirectory) -> str:
@@ -192,57 +174,3 @@ def _plan(source: ModelDirectory) -> str:
             kept = plan.groups[name].count
             raise PlanError(f"{name} has {sizes[name]} units, the plan keeps {kept}")
     return f"{len(shared)} of {len(plan.groups)} groups found, all as large as planned"
-
-
-def _engines(source: ModelDirectory) -> Iterator[Engine]:
-    uniform = "prunec" not in source.config
-    table = source.table
-    how = "yes" if uniform else "code"
-    code = "the stock class" if uniform else "trust_remote_code=True, or prunec.load"
-    yield Engine(named("transformers"), how, code, "measured")
-    yield _older_transformers(table, how, code)
-    yield _vllm(table, uniform)
-    absent = "engine absent"
-    yield Engine("peft LoRA", how, "target modules as for the dense model")
-    alike = uniform or not any("num_key_value_heads" in row for row in _rows(source))
-    prefix = "one number of KV heads" if alike else "it assumes one number of KV heads"
-    yield Engine("peft prefix tuning", "yes" if alike else "no", prefix)
-    for name, module, exporter, form in (
-        ("llama.cpp", "llama_cpp", Gguf(), "gguf"),
-        ("SGLang, TensorRT-LLM, mlx-lm", "sglang", Deci(), "deci"),
-        ("any that knows the stock class", "transformers", Padded(), "padded"),
-    ):
-        state = "not run" if find_spec(module) is not None else absent
-        try:
-            reasons = list(exporter.can_express(source))
-        except ExportError as error:
-            reasons = [error.message]
-        if form != "gguf" and uniform:
-            yield Engine(name, "yes", "as the dense model, if it knows that", state)
-        elif reasons:
-            yield Engine(name, "no", "; ".join(reasons), state)
-        else:
-            yield Engine(name, "export", f"prunec export --to {form}", state)
-    state = "not run" if find_spec("onnxruntime") is not None else absent
-    yield Engine("onnxruntime", "export", "prunec export --to onnx says whether it can", state)
-
-
-def _older_transformers(table: Mapping[str, Any], how: str, code: str) -> Engine:
-    oldest = int(table.get("transformers", 4))
-    if oldest > 4:
-        return Engine("transformers 4.57", "no", "the names of its parameters are those of 5")
-    return Engine("transformers 4.57", how, code)
-
-
-def _vllm(table: Mapping[str, Any], uniform: bool) -> Engine:
-    state = "not run" if find_spec("vllm") is not None else "engine absent"
-    if uniform:
-        return Engine("vLLM", "yes", "as the dense model, if it knows that", state)
-    if table["skip"]:
-        return Engine("vLLM", "no", "its Transformers backend reads no removed sub-layers", state)
-    reason = "its Transformers backend reads per_layer_config: --trust-remote-code"
-    return Engine("vLLM", "code", reason, state)
-
-
-def _rows(source: ModelDirectory) -> list[Mapping[str, Any]]:
-    return list((source.config.get("per_layer_config") or {}).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import prunec
 from prunec.cli.app import app
 from prunec.codegen import hub
+from prunec.codegen.exporters.source import ModelDirectory
 from prunec.errors import ExportError, ModelError
 
 
@@ -46,6 +48,30 @@ def test_a_whole_directory(whole: Path) -> None:
     assert engines["SGLang,"].opens == "no"
     assert "FFN widths must be multiples of 256" in engines["SGLang,"].reason
     assert engines["vLLM"].reason.startswith("its Transformers backend")
+    quick = {e.name.split()[0]: e for e in prunec.check(whole, measure=False).engines}
+    assert quick["onnxruntime"].state in ("not run", "engine absent")
+    assert quick["onnxruntime"].reason == "prunec export --to onnx"
+
+
+@pytest.mark.engine("onnxruntime")
+def test_an_engine_that_is_there_is_run(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a file that is not the model is no way to open it."""
+    from prunec.codegen.exporters.onnx import Onnx
+
+    (found,) = (e for e in prunec.check(whole).engines if e.name == "onnxruntime")
+    assert (found.opens, found.state) == ("export", "measured")
+    assert "equal within" in found.reason
+    write = Onnx.write
+
+    def wrong(self: Onnx, source: ModelDirectory, folder: Path) -> Sequence[str]:
+        other = ModelDirectory.read(source.path)
+        other.model.model.norm.weight.mul_(1.1)
+        return write(self, other, folder)
+
+    monkeypatch.setattr(Onnx, "write", wrong)
+    (found,) = (e for e in prunec.check(whole).engines if e.name == "onnxruntime")
+    assert (found.opens, found.state) == ("no", "measured")
+    assert "off by" in found.reason
 
 
 def damaged(whole: Path, tmp_path: Path) -> Path:
