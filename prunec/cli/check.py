@@ -20,7 +20,8 @@ def check(
 ) -> None:
     """Test a directory, and list the engines that can open it.
 
-    It is run in those that are installed, in the form that each reads. Exit code 1 if something in it is wrong.
+    It is run in those that are installed, in the form that each reads. Exit code 1 if something
+    in it is wrong.
 
     Example: prunec check smaller --json -
     """

@@ -16,7 +16,7 @@ from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import named_forward
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import stock_class, tensors_of
-from prunec.errors import ExportError, ModelError, PlanError, PrunecError
+from prunec.errors import ModelError, PlanError, PrunecError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
