@@ -10,7 +10,7 @@ layers poses the same few questions as one of two.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,15 @@ def candidates(model: nn.Module, sliced: Sliced) -> list[Candidate]:
                 if all(name in v for v in values):
                     old = tuple(v[name] for v in values)
                     made = candidate(role, name, tuple(paths), old, sizes)
-                    if made is not None:
+                    if made is not None and not are_places(paths, old):
                         found.append(made)
     return found
+
+
+def are_places(paths: Sequence[str], values: Values) -> bool:
+    """Whether each module's number is its place in a list: an index of layers, and no size."""
+    pairs = zip(paths, values, strict=True)
+    return len(set(values)) > 1 and all(str(value) in path.split(".") for path, value in pairs)
 
 
 def numbers(module: nn.Module) -> dict[str, Number]:

@@ -31,7 +31,7 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
         kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ModelError: not a model directory, or written by a newer prunec.
+        ModelError: not a model directory, written by a newer prunec, or weights are missing.
     """
     import transformers
 
@@ -41,7 +41,15 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no model class {name!r}", where=str(directory))
     made = pruned_class(cls) if is_pruned(config) else cls
-    return made.from_pretrained(str(directory), **kwargs).eval()
+    model, info = made.from_pretrained(str(directory), output_loading_info=True, **kwargs)
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise ModelError(
+            f"{len(missing)} parameters are not in the weights: {missing[0]}",
+            where=str(directory),
+            so="they would be random numbers",
+        )
+    return model.eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

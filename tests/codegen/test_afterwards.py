@@ -149,7 +149,7 @@ def test_linears_are_what_quantisers_take_them_for(directory: Path) -> None:
             assert (module.out_features, module.in_features) == module.weight.shape, name
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_dynamic_int8(directory: Path) -> None:
     model = prunec.load(directory)
     small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)

@@ -26,7 +26,7 @@ from slicing import (
 from torch import nn
 
 import prunec.codegen.shrink
-from prunec.codegen.attributes import candidates
+from prunec.codegen.attributes import are_places, candidates
 from prunec.codegen.battery import checks, difference, outputs
 from prunec.codegen.fit import first_failure, usable
 from prunec.codegen.reduce import representative_layers
@@ -146,6 +146,15 @@ def test_a_window_as_wide_as_the_queries_stays() -> None:
     }
     result = shrink(model, sliced, example=example_for(model))
     assert all("sliding_window" not in values for values in result.attributes.values())
+
+
+def test_an_index_of_layers_is_no_size() -> None:
+    """Where the first attention is gone, 1 and 2 are left: numbers of KV groups elsewhere."""
+    paths = ("model.layers.1.self_attn", "model.layers.2.self_attn")
+    assert are_places(paths, (1, 2))
+    assert not are_places(paths, (2, 2))
+    assert not are_places(paths, (1, 3))
+    assert not are_places(paths[1:], (2,))
 
 
 def test_opt_heads_are_right_or_refused() -> None:

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from prunec.codegen.battery import resized
+from prunec.codegen.battery import difference, resized, tolerance
 from prunec.codegen.exporters.compare import Engine, measure
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.source import ModelDirectory
-from prunec.codegen.exporters.traced import SHAPES
+from prunec.codegen.exporters.traced import SHAPES, expected, named_forward
 from prunec.codegen.fields import overrides
 from prunec.codegen.perturb import meta_model
 from prunec.codegen.twin import assemble, stock_class, tensors_of
@@ -50,17 +50,11 @@ class Padded:
         return [] if source.once(_widened) else ["no sizes of the stock class hold every layer"]
 
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
-        found = source.once(_widened)
-        assert found is not None
-        coupling, selection, stock = found
-        state = tensors_of(source.model)
-        small = {name: state[name].detach() for name in coupling.program.parameters}
-        wide = pad_state(coupling, selection, small)
-        names = {**dict.fromkeys(wide), **coupling.program.tied}
-        stock = assemble(stock, {name: wide[first or name] for name, first in names.items()})
-        stock.save_pretrained(folder)  # type: ignore[operator]
+        stock: Any = source.once(_widened)
+        assert stock is not None
+        stock.save_pretrained(folder)
         source.copy_tokenizer(folder)
-        before, after = _count(small.values()), _count(wide.values())
+        before, after = (_count(model.parameters()) for model in (source.model, stock))
         return [f"padding costs {after - before:,} parameters: {before:,} become {after:,}"]
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
@@ -73,18 +67,39 @@ def _count(tensors: Any) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _widened(source: ModelDirectory) -> tuple[CouplingGraph, Selection, nn.Module] | None:
-    """The stock model at the least sizes that hold every layer, and which of its units are real."""
+def _widened(source: ModelDirectory) -> nn.Module | None:
+    """The stock model at the least sizes that hold every layer, equal to the source's; or None.
+
+    Shapes alone may be read in several ways, 24 rows as 3 heads of 8 or 4 of 6: the model tells.
+    """
     shapes = {name: tuple(t.shape) for name, t in tensors_of(source.model).items()}
     for fields in _choices(source.model.config):
         stock = _stock(source, fields)
         if stock is not None:
             coupling = couple(trace(stock, source.example))
-            counts = solve(coupling, shapes)
-            if counts is not None:
-                keeps = {d: Keep(np.arange(d.size) < n) for d, n in counts.items() if n < d.size}
-                return coupling, Selection(keeps), stock
+            for counts in solutions(coupling, shapes):
+                made = _filled(source, stock, coupling, counts)
+                if _equal(source, made):
+                    return made
     return None
+
+
+def _filled(
+    source: ModelDirectory, stock: nn.Module, coupling: CouplingGraph, counts: Mapping[Dim, int]
+) -> nn.Module:
+    """The stock model with the source's weights among zeros: the first units of each group."""
+    keeps = {d: Keep(np.arange(d.size) < n) for d, n in counts.items() if n < d.size}
+    state = tensors_of(source.model)
+    small = {name: state[name].detach() for name in coupling.program.parameters}
+    wide = pad_state(coupling, Selection(keeps), small)
+    names = {**dict.fromkeys(wide), **coupling.program.tied}
+    return assemble(stock, {name: wide[first or name] for name, first in names.items()}).eval()
+
+
+def _equal(source: ModelDirectory, made: nn.Module) -> bool:
+    inputs = resized(source.model, source.example, *SHAPES[-1])
+    pair = [expected(named_forward(m, list(inputs)), inputs) for m in (made, source.model)]
+    return difference(pair[:1], pair[1:]) <= tolerance(source.model)
 
 
 def _choices(config: Any) -> Iterator[dict[str, int]]:
@@ -125,10 +140,27 @@ def _stock(source: ModelDirectory, fields: Mapping[str, int]) -> nn.Module | Non
     return stock.eval().requires_grad_(False).to(model.dtype)  # type: ignore[no-any-return]
 
 
-def solve(coupling: CouplingGraph, shapes: Mapping[str, tuple[int, ...]]) -> dict[Dim, int] | None:
+def solutions(
+    coupling: CouplingGraph, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[dict[Dim, int]]:
+    """Every way to read shapes as numbers of units, those first that touch fewer kinds of units."""
+    kinds = sorted({group.kind for group in coupling.groups})
+    known: list[dict[Dim, int]] = []
+    for held in range(len(kinds), -1, -1):
+        for whole in itertools.combinations(kinds, held):
+            counts = solve(coupling, shapes, whole)
+            if counts is not None and counts not in known:
+                known.append(counts)
+                yield counts
+
+
+def solve(
+    coupling: CouplingGraph, shapes: Mapping[str, tuple[int, ...]], whole: Sequence[str] = ()
+) -> dict[Dim, int] | None:
     """How many units every group must keep for the parameters to have these shapes; None if none.
 
-    Groups whose units a zero cannot stand for (experts under a top-k, normalised features) stay.
+    Groups of the kinds `whole` stay so, as do those whose units a zero cannot stand for (experts
+    under a top-k, normalised features).
     """
     equations = []
     for name in coupling.program.parameters:
@@ -136,8 +168,10 @@ def solve(coupling: CouplingGraph, shapes: Mapping[str, tuple[int, ...]]) -> dic
         if len(shapes.get(name, ())) != len(dims):
             return None
         equations += list(zip(dims, shapes[name], strict=True))
-    counts = {g.dim.root: g.size for g in coupling.groups if g.normalised}
-    free = {g.dim.root: g.size for g in coupling.groups if not g.normalised}
+    fixed = {g.dim.root for g in coupling.groups if g.normalised or g.kind in whole}
+    sizes = {g.dim.root: g.size for g in coupling.groups}
+    counts = {leaf: size for leaf, size in sizes.items() if leaf in fixed}
+    free = {leaf: size for leaf, size in sizes.items() if leaf not in fixed}
     while free:
         unknown = [(_free_leaves(dim, free), dim, size) for dim, size in equations]
         least = min((leaves for leaves, _, _ in unknown if leaves), key=len, default=None)
@@ -163,7 +197,7 @@ def _fitting(
     free: Mapping[Dim, int],
     known: Mapping[Dim, int],
 ) -> dict[Dim, int] | None:
-    """The only counts of these leaves that satisfy the equations about them alone."""
+    """The first counts of these leaves that satisfy the equations about them alone."""
     if math.prod(free[leaf] for leaf in leaves) > _TRIALS:
         return None
     for counts in itertools.product(*(range(1, free[leaf] + 1) for leaf in leaves)):
