@@ -11,6 +11,7 @@ from typing import Any
 
 from prunec.codegen.generated import FORMAT, pruned_class
 from prunec.errors import ModelError
+from prunec.models.pretrained import refuse_missing
 
 _HUB = (
     "cache_dir",
@@ -42,13 +43,7 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
         raise ModelError(f"transformers has no model class {name!r}", where=str(directory))
     made = pruned_class(cls) if is_pruned(config) else cls
     model, info = made.from_pretrained(str(directory), output_loading_info=True, **kwargs)
-    missing = sorted(map(str, info["missing_keys"]))
-    if missing:
-        raise ModelError(
-            f"{len(missing)} parameters are not in the weights: {missing[0]}",
-            where=str(directory),
-            so="they would be random numbers",
-        )
+    refuse_missing(model, info, Path(directory))
     return model.eval()
 
 

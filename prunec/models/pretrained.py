@@ -270,7 +270,8 @@ def mapped_class(config: PreTrainedConfig) -> Any | None:
     return None
 
 
-def _check_complete(model: Any, found: dict[str, Any], directory: Path, progress: Progress) -> None:
+def refuse_missing(model: Any, found: dict[str, Any], directory: Path) -> None:
+    """Raise ModelError where the loading info of transformers lists weights that no file holds."""
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{len(missing)} weights of {type(model).__name__} are not in the files,"
@@ -279,6 +280,10 @@ def _check_complete(model: Any, found: dict[str, Any], directory: Path, progress
             so="they would be random numbers",
             fix="complete the checkpoint, or correct `architectures` in its config.json",
         )
+
+
+def _check_complete(model: Any, found: dict[str, Any], directory: Path, progress: Progress) -> None:
+    refuse_missing(model, found, directory)
     if unused := sorted(found["unexpected_keys"]):
         progress.message(
             f"{len(unused)} tensors in {directory.name} are not part of"

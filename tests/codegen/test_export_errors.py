@@ -95,7 +95,7 @@ def test_weights_that_are_none(damaged: Path, tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     message = export(damaged, "pt2", tmp_path / "out")
-    assert "not in the weights: model.layers.1.mlp.up_proj.weight" in message
+    assert "not in the files, such as model.layers.1.mlp.up_proj.weight" in message
 
 
 @pytest.mark.parametrize("form", FORMS)
