@@ -154,7 +154,7 @@ def test_dynamic_int8(directory: Path) -> None:
     model = prunec.load(directory)
     small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert not any(isinstance(module, nn.Linear) for module in small.modules())
-    assert difference([logits(small)], [logits(model)]) < 0.1
+    assert difference([logits(small)], [logits(model)]) < 0.3
 
 
 @pytest.mark.engine("bitsandbytes")
