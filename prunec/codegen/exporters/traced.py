@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,9 @@ def trace_dynamic(model: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     for dynamic in choices:
         cases = dict(_cases(model, inputs, dynamic))
         try:
-            program = _export(wrapped, inputs, dynamic)
-            reason = _disagreement(program.module(), wrapped, cases) or ""
+            with _torch_operators(model):
+                program = _export(wrapped, inputs, dynamic)
+                reason = _disagreement(program.module(), wrapped, cases) or ""
         except FORWARD_ERRORS as error:  # export runs the model's own code
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not reason:
@@ -75,6 +77,20 @@ def trace_dynamic(model: nn.Module, example: Mapping[str, Tensor]) -> Traced:
         f"torch.export cannot take {type(model).__name__}: {reason}",
         fix="deliver the directory itself, which transformers opens",
     )
+
+
+@contextmanager
+def _torch_operators(model: Any) -> Iterator[None]:
+    """Experts as batched products: transformers has an operator of its own, which others lack."""
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if before is None or not model._can_set_experts_implementation():
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def named_forward(model: nn.Module, names: list[str]) -> nn.Module:
