@@ -253,14 +253,12 @@ def prune(
     import transformers.models.llama.modeling_llama  # noqa: F401 - an import, not the model
 
     import prunec.api
-    from prunec.calibration import calibrate_text
+    from prunec.calibration import calibrate
     from prunec.models import open_model
 
     imported = psutil.Process().memory_info().rss
     source = open_model(model)
-    calibration = calibrate_text(
-        texts, source.tokenizer, samples=samples, seq_len=seq_len, seed=seed
-    )
+    calibration = calibrate(texts, source.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     start = time.perf_counter()
     result = prunec.prune(
         source.model, recipe=method, ratio=ratio, calibration=calibration, seed=seed

@@ -16,7 +16,7 @@ import torch
 from common import data_directory, write
 
 import prunec
-from prunec.calibration import Calibration, calibrate_text
+from prunec.calibration import Calibration, calibrate
 from prunec.evaluation import perplexity
 from prunec.models import Source, open_model
 
@@ -28,7 +28,7 @@ def main() -> None:
     options = parse()
     source = open_model("smollm2")
     data = data_directory()
-    calibration = calibrate_text(
+    calibration = calibrate(
         [str(data / CALIBRATION)],
         source.tokenizer,
         samples=options.samples,

@@ -69,7 +69,7 @@ def measure(layers: int, samples: int, seq_len: int) -> dict[str, float]:
     import transformers.models.llama.modeling_llama  # noqa: F401 - an import, not the model
 
     import prunec.api
-    from prunec.calibration import calibrate_text
+    from prunec.calibration import calibrate
     from prunec.models import open_model
 
     imported = psutil.Process().memory_info().rss
@@ -77,7 +77,7 @@ def measure(layers: int, samples: int, seq_len: int) -> dict[str, float]:
     source.model.model.layers = source.model.model.layers[:layers]
     source.model.config.num_hidden_layers = layers
     text = str(data_directory() / CALIBRATION)
-    calibration = calibrate_text([text], source.tokenizer, samples=samples, seq_len=seq_len)
+    calibration = calibrate([text], source.tokenizer, samples=samples, seq_len=seq_len)
     start = time.perf_counter()
     prunec.prune(source.model, ratio=0.2, calibration=calibration)
     prune_s = time.perf_counter() - start

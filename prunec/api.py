@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunec.calibration import collect
 from prunec.codegen.check import check
 from prunec.codegen.exporters.exporter import export
 from prunec.codegen.load import load, register
@@ -78,11 +79,13 @@ def prune(
             target is given either.
         target: in place of a ratio what is to be left: "params=100M", "flops=70%", "kv-cache=50%",
             "memory=250MB", "latency=0.8x".
-        calibration: inputs by name, all batches of one shape; may be left out with saved scores.
+        calibration: of `prunec.calibration.calibrate`, or any iterable of inputs by name (dicts,
+            tuples, tensors); may be left out with saved scores.
         seed: for recipes that draw numbers.
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
         loss: for criteria that need gradients: ``loss(model, inputs)``, a scalar for the inputs of
-            one sample; by default the model's own, of the inputs' ``labels`` or tokens.
+            one sample, all that a batch holds; by default the model's own, of ``labels`` or the
+            tokens.
         weights: the parameters of a model on meta, each read when it is needed (`Source.weights`):
             then no more of them is in memory than two sites lie apart.
         device: where a model on meta is computed, the CPU by default.
@@ -94,6 +97,7 @@ def prune(
 
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
+        CalibrationError: batches that are none, or that do not fit the model.
         TraceError, VerifyError: the model cannot be traced, or a check failed.
         CheckpointError: what `checkpoint` or `scores` holds is of another run, damaged, or cannot
             be written.
@@ -109,7 +113,7 @@ def prune(
         recipe=chosen.override(settings or {}),
         aim=chosen_target(ratio, target),
         seed=seed,
-        calibration=calibration,
+        calibration=None if calibration is None else collect(calibration, model),
         loss=loss,
         weights=weights,
         device=device,

@@ -1,6 +1,9 @@
-"""Where calibration tokens come from: text files, and text that the dense model samples itself."""
+"""Where calibration samples come from: text, rows, data sets, images, loaders, the model itself."""
 
-from prunec.calibration.batches import Calibration, calibrate_text
+from prunec.calibration.batches import Calibration, SourceRecord, calibrate, collect
 from prunec.calibration.text import read_text
 
-__all__ = ["Calibration", "calibrate_text", "read_text"]
+calibrate_text = calibrate
+"""The name that `calibrate` had when it read text only."""
+
+__all__ = ["Calibration", "SourceRecord", "calibrate", "calibrate_text", "collect", "read_text"]

@@ -4,54 +4,122 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from prunec.errors import CalibrationError
+from prunec.models.factory import is_factory
 
+Kind = Literal["text", "rows", "hub", "self", "images", "loader", "given"]
 SELF = "self"
+_HUB = "hub:"
+_ROWS = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """A text file, or ``self``: text that the dense model samples. `weight` is relative."""
+class Source:
+    """Where samples come from.
+
+    Attributes:
+        name: as the user wrote it, without its weight.
+        kind: what stands there.
+        place: a path, a data set's name or package.module:loader.
+        fields: of each row, what is read: a text, or a source and its target; () for the
+            fields that every row of a known form has.
+        weight: relative to that of other sources.
+    """
 
     name: str
+    kind: Kind
+    place: str
+    fields: tuple[str, ...] = ()
     weight: float = 1.0
 
+    @property
+    def path(self) -> Path:
+        return Path(self.place).expanduser()
 
-def parse_source(spec: str) -> TextSource:
-    """Read ``PATH``, ``PATH=WEIGHT``, ``self`` or ``self=WEIGHT``.
 
-    A file whose name has the form PATH=WEIGHT is taken as that file.
+def parse_source(spec: str) -> Source:
+    """Read ``PATH``, ``ROWS.jsonl[#FIELD]``, ``hub:NAME[#FIELD]``, ``self`` or
+    ``package.module:loader``, each with an optional ``=WEIGHT``.
 
-    >>> parse_source("wiki.txt=0.5")
-    TextSource(name='wiki.txt', weight=0.5)
+    A directory is a folder of images. A file whose name has the form of another source, or of one
+    with a weight, is taken as that file.
+
+    >>> parse_source("talks.jsonl#body=0.5")
+    Source(name='talks.jsonl#body', kind='rows', place='talks.jsonl', fields=('body',), weight=0.5)
 
     Raises:
-        CalibrationError: a weight that is not a positive number.
+        CalibrationError: a weight that is not a positive number, or more than two fields.
     """
+    name, weight = _weighted(spec)
+    place, mark, fragment = name.partition("#")
+    if mark and Path(name).expanduser().exists():
+        place, fragment = name, ""
+    fields = tuple(fragment.split(",")) if mark and place != name else ()
+    if len(fields) > 2 or not all(fields):
+        raise CalibrationError(
+            f"a row has one field of text, or a source and its target: {name}",
+            fix="for example rows.jsonl#body, or rows.jsonl#question,answer",
+        )
+    kind = _kind(place)
+    if fields and kind not in ("rows", "hub"):
+        raise CalibrationError(f"only rows have fields: {name}", fix=f"name {place} itself")
+    return Source(name, kind, place.removeprefix(_HUB) if kind == "hub" else place, fields, weight)
+
+
+def _kind(place: str) -> Kind:
+    if place == SELF:
+        return "self"
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return "images"
+    if not path.exists() and place.startswith(_HUB):
+        return "hub"
+    if path.suffix in _ROWS:
+        return "rows"
+    return "loader" if is_factory(place) and not path.exists() else "text"
+
+
+def _weighted(spec: str) -> tuple[str, float]:
     name, equals, number = spec.rpartition("=")
-    if not equals or Path(spec).exists():
-        return TextSource(spec)
+    if not equals or Path(spec).expanduser().exists():
+        return spec, 1.0
     try:
         weight = float(number)
     except ValueError:
         if "/" in number or "\\" in number or Path(number).suffix:
-            return TextSource(spec)  # the = is part of a path
+            return spec, 1.0  # the = is part of a path
         weight = math.nan
     if not name or not math.isfinite(weight) or weight <= 0:
         raise CalibrationError(
             f"the weight of a calibration source must be a positive number: {spec}",
             fix="for example c4.txt=0.5",
         )
-    return TextSource(name, weight)
+    return name, weight
 
 
-def share_samples(sources: Sequence[TextSource], samples: int) -> list[int]:
+def merged(sources: Sequence[Source]) -> list[Source]:
+    """Each name once, with the sum of its weights: else its samples would be drawn twice.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if not sources:
+        raise CalibrationError("no calibration source", fix="name a text file, or self")
+    weights: dict[str, float] = {}
+    for source in sources:
+        weights[source.name] = weights.get(source.name, 0.0) + source.weight
+    by_name = {source.name: source for source in sources}
+    return [replace(by_name[name], weight=weight) for name, weight in weights.items()]
+
+
+def share_samples(sources: Sequence[Source], samples: int) -> list[int]:
     """How many samples each source gives: by weight, the largest remainders first, ties in order.
 
-    >>> share_samples([TextSource("a", 2), TextSource("b", 1)], 8)
+    >>> share_samples([parse_source("a=2"), parse_source("b=1")], 8)
     [5, 3]
 
     Raises:

@@ -25,7 +25,10 @@ def read_text(path: Path) -> str:
     """
     where = str(path)
     if not path.exists():
-        raise CalibrationError(f"no such text file: {path}", fix="check the path")
+        raise CalibrationError(
+            f"no such text file: {path}",
+            fix="check the path; a data set of the Hub is hub:owner/name",
+        )
     if path.is_dir():
         raise CalibrationError(f"{path.name} is a directory", where=where, fix="name a text file")
     try:
@@ -81,8 +84,12 @@ def draw_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
     enough for that; else no two start at the same token; else, in a text with too few starts,
     they repeat.
     """
-    digest = hashlib.sha256(f"{seed} {token_digest(tokens)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return tokens[draw_positions(tokens, count, length, seed)]
+
+
+def draw_positions(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """Where the tokens of `draw_windows` stand in the text, int64 [count, length]."""
+    generator = seeded(seed, token_digest(tokens))
     spare, last = len(tokens) - count * length, len(tokens) - length
     if spare >= 0:
         first = int(torch.randint(min(spare, length - 1) + 1, (1,), generator=generator))
@@ -92,4 +99,10 @@ def draw_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
         starts = torch.randperm(last + 1, generator=generator)[:count]
     else:
         starts = torch.randint(last + 1, (count,), generator=generator)
-    return tokens[starts[:, None] + torch.arange(length)]
+    return starts[:, None] + torch.arange(length)
+
+
+def seeded(seed: int, content: str) -> torch.Generator:
+    """A generator for what is drawn from some content: its own, whatever is drawn beside it."""
+    digest = hashlib.sha256(f"{seed} {content}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -43,9 +43,10 @@ def analyze(
         typer.Option(metavar="NAME", help="Score every group on data and colour the pictures."),
     ] = None,
     calibration: options.Calibration = None,
-    samples: options.Samples = 32,
-    seq_len: options.SeqLen = 512,
+    samples: options.Samples = 16,
+    seq_len: options.SeqLen = None,
     seed: options.Seed = 0,
+    loss: options.Loss = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the importance."),
@@ -85,6 +86,7 @@ def analyze(
         render.check_target(svg)
     part = build_importance(importance, setting or [], calibration)
     groups: Sequence[GroupScores] = ()
+    told: dict[str, Any] = {}
     if part:
         scored = open_scored(
             model,
@@ -94,11 +96,13 @@ def analyze(
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            loss=loss,
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
         coupling, groups = scored.coupling, scored.groups
+        told = {"importance": str(part), "calibration": scored.calibration}
     else:
         _, coupling = open_coupled(model, screen, trust_remote_code=trust_remote_code)
     values = colours(groups)
@@ -123,7 +127,6 @@ def analyze(
     elif coupling.pinned:
         screen.say(f"Pinned dims: {len(coupling.pinned):,}. --why lists them with the reason.")
     if json is not None:
-        told = {"importance": str(part)} if part else {}
         link = render.to_node_link(coupling, describe_scores(groups))
         screen.write_json({"model": model, **told, **link})
 

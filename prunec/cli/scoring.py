@@ -43,16 +43,18 @@ def open_scored(
     *,
     calibration: list[str],
     samples: int,
-    seq_len: int,
+    seq_len: int | None,
     seed: int,
+    loss: str | None,
     device: str,
     dtype: str,
     trust_remote_code: bool,
 ) -> Scored:
     """The MODEL with its weights, its groups scored."""
     from prunec.api import score
-    from prunec.cli.opening import open_batches, open_source
+    from prunec.cli.opening import open_batches, open_loss, open_source
 
+    differentiated = open_loss(loss, part)
     source = open_source(
         spec, screen, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -60,7 +62,9 @@ def open_scored(
         batches = open_batches(source, calibration, samples, seq_len, seed, screen)
     else:
         batches = [source.example]
-    return score(source.model, importance=part, calibration=batches, progress=screen)
+    return score(
+        source.model, importance=part, calibration=batches, loss=differentiated, progress=screen
+    )
 
 
 def show_scores(screen: Screen, part: Part, groups: Sequence[GroupScores]) -> None:

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunec.calibration.forms import IGNORED, MASKED_PART, masked
+from prunec.calibration.given import call_loader, guarded
 from prunec.errors import CalibrationError
 from prunec.evaluation.perplexity import token_ids, windows_of
 from prunec.events import Progress, silent
-from prunec.models.factory import import_object
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,19 @@ def masked_accuracy(
     *,
     window: int = 128,
     max_windows: int | None = None,
-    ratio: float = 0.15,
+    ratio: float = MASKED_PART,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Accuracy:
     """How often a masked language model finds the tokens that were masked out.
 
-    Non-overlapping windows; in each the same part of the positions, `ratio`, is replaced by the
-    mask token, drawn from `seed` and so the same for every model with this tokenizer.
+    Non-overlapping windows; in each the same part of the ordinary tokens, `ratio`, is replaced by
+    the mask token, drawn from `seed` and so the same for every model with this tokenizer.
 
     Raises:
         CalibrationError: the text is unusable, or the tokenizer has no mask token.
     """
-    mask_token = getattr(tokenizer, "mask_token_id", None)
-    if mask_token is None:
+    if getattr(tokenizer, "mask_token_id", None) is None:
         raise CalibrationError("the tokenizer has no mask token: this is no masked language model")
     ids, data = token_ids(tokenizer, text, progress)
     windows = windows_of(len(ids), window, None, data)[:max_windows]
@@ -63,18 +61,11 @@ def masked_accuracy(
             f"nothing was to be masked: max_windows={max_windows}, ratio={ratio:g}"
         )
     generator = torch.Generator().manual_seed(seed)
-    count = max(1, round(ratio * window))
 
     def batches() -> Iterable[Mapping[str, Tensor]]:
         for part in windows:
-            whole = ids[part.begin : part.end]
-            places = torch.randperm(window, generator=generator)[:count]
-            labels = torch.full_like(whole, IGNORED)
-            labels[places] = whole[places]
-            yield {
-                "input_ids": torch.where(labels == IGNORED, whole, mask_token)[None],
-                "labels": labels[None],
-            }
+            found = masked(ids[part.begin : part.end], tokenizer, generator, ratio)
+            yield {name: value[None] for name, value in found.items()}
 
     return accuracy(model, batches(), data=data, total=len(windows), progress=progress)
 
@@ -83,17 +74,12 @@ def loaded_accuracy(model: nn.Module, loader: str, *, progress: Progress = silen
     """Classification accuracy on the batches that ``package.module:loader`` returns.
 
     Raises:
-        ModelError: the loader cannot be imported.
+        ModelError: the loader cannot be imported, or raises.
         CalibrationError: it gives something else than batches.
     """
-    batches = import_object(loader)()
-    if not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"{loader} gave {type(batches).__name__}, not batches",
-            fix="return an iterable of (inputs, labels), or of dicts with a key labels",
-        )
+    batches = call_loader(loader)
     total = len(batches) if isinstance(batches, Sized) else None
-    return accuracy(model, batches, data=loader, total=total, progress=progress)
+    return accuracy(model, guarded(batches, loader), data=loader, total=total, progress=progress)
 
 
 def accuracy(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from prunec.errors import TraceError, VerifyError
+from prunec.graph.padding import Padding
 from prunec.graph.program import Program, source_line
 from prunec.graph.propagate import Layout
 from prunec.graph.resize import ResizedCall, resized_call
@@ -70,7 +71,7 @@ class Stream:
         self._hold_bytes = sum(sizes) // 2 if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
         self._live = [self._start(batch) for batch in batches]
-        self._masks = [batch.get("attention_mask") for batch in batches]
+        self._padding = Padding(program, batches)
 
     def _start(self, batch: Mapping[str, Tensor]) -> Environment:
         self.program.check_inputs(batch)
@@ -151,19 +152,9 @@ class Stream:
         self._cursor = end if hold else restart
         self._drop_shared(self._cursor)
 
-    def real_tokens(self, batch: int, value: Tensor) -> Tensor | None:
-        """Bool over a value's leading axes: which tokens are no padding; None where all are.
-
-        Batch and sequence may be two axes of the value or, as some layers have it, one.
-        """
-        mask = self._masks[batch]
-        if mask is None:
-            return None
-        if tuple(value.shape[: mask.ndim]) == tuple(mask.shape):
-            return mask.bool().to(value.device)
-        if value.ndim == 2 and len(value) == mask.numel():
-            return mask.flatten().bool().to(value.device)
-        return None
+    def real_tokens(self, batch: int, node: fx.Node, value: Tensor) -> Tensor | None:
+        """Bool over the leading axes of a node's value: which tokens are no padding."""
+        return self._padding.real_tokens(batch, node, value)
 
     def finish(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the program's first output for each."""

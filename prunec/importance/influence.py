@@ -14,6 +14,7 @@ from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.branches import Branch
 from prunec.graph.dropping import drop_branches
+from prunec.graph.padding import Padding
 from prunec.graph.program import Program
 
 Units = Mapping[str, tuple[Branch, ...]]
@@ -45,14 +46,14 @@ class BlockInfluence:
     ) -> Iterator[tuple[str, float]]:
         """Units by rising influence."""
         ends = {name: (inside[0].stream, inside[-1].total) for name, inside in units.items()}
-        sums, tokens = dict.fromkeys(units, 0.0), 0
+        sums, tokens = dict.fromkeys(units, 0.0), dict.fromkeys(units, 0)
         with progress.task("influence of blocks", len(batches)) as task:
             for batch in batches:
                 for name, similarity in _Similarities(program, ends, batch).of_tokens().items():
                     sums[name] += float(similarity.sum(dtype=torch.float64))
-                tokens += similarity.numel()
+                    tokens[name] += similarity.numel()
                 task.advance()
-        scores = {name: 1 - total / tokens for name, total in sums.items()}
+        scores = {name: 1 - total / tokens[name] for name, total in sums.items()}
         place = {name: i for i, name in enumerate(units)}
         yield from sorted(scores.items(), key=lambda item: (item[1], -place[item[0]]))
 
@@ -106,7 +107,7 @@ class _Similarities(fx.Interpreter):
     ):
         super().__init__(program.graph_module)
         self._arguments = program.arguments(None, batch)
-        self._mask = batch.get("attention_mask")
+        self._padding = Padding(program, [batch])
         self._ends = ends
         self._starts = {start for start, _ in ends.values()}
         self._waiting: dict[fx.Node, Tensor] = {}
@@ -124,24 +125,26 @@ class _Similarities(fx.Interpreter):
             self._waiting[n] = value
         for name, (start, end) in self._ends.items():
             if end is n:
-                self._found[name] = self._cosines(self._waiting[start], value)
+                self._found[name] = self._cosines(self._waiting[start], value, n)
         return value
 
-    def _cosines(self, before: Tensor, after: Tensor) -> Tensor:
+    def _cosines(self, before: Tensor, after: Tensor, node: fx.Node) -> Tensor:
         cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
-        mask = self._mask
-        return cosines.flatten() if mask is None else cosines[mask.bool()]
+        real = self._padding.real_tokens(0, node, after)
+        return cosines.flatten() if real is None else cosines[real]
 
 
 def _divergence(
     program: Program, branches: Sequence[Branch], batches: Batches, dense: Sequence[Tensor]
 ) -> float:
     less, total, tokens = drop_branches(program, branches), 0.0, 0
-    for batch, wanted in zip(batches, dense, strict=True):
+    padding = Padding(program, batches)
+    (output,) = program.graph.find_nodes(op="output")
+    for number, (batch, wanted) in enumerate(zip(batches, dense, strict=True)):
         found = less.run(None, **batch).log_softmax(-1)
         lost = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
-        mask = batch.get("attention_mask")
-        lost = lost if mask is None else lost[mask.bool()]
+        real = padding.real_tokens(number, output.args[0][0], found)
+        lost = lost if real is None else lost[real]
         total, tokens = total + float(lost.sum(dtype=torch.float64)), tokens + lost.numel()
     if not torch.isfinite(torch.tensor(total)):
         raise PlanError("the output is NaN or Inf, so units cannot be compared by it")

@@ -40,11 +40,11 @@ def file_digest(path: Path) -> str:
 
 
 def token_digest(*tokens: Tensor) -> str:
-    """sha256 (hex) over int64 token ids, in order, shapes included."""
+    """sha256 (hex) over token ids, in order, shapes included; integers of any width count alike."""
     digest = hashlib.sha256()
     for ids in tokens:
         digest.update(f"{tuple(ids.shape)}".encode())
-        digest.update(_bytes(ids.to(torch.int64)))
+        digest.update(_bytes(ids if ids.is_floating_point() else ids.to(torch.int64)))
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ def call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor] | None]:
         made = factory()
     except Exception as error:
         # The factory is the user's code: anything may come out of it.
-        raise _raised(spec, error) from error
+        raise raised_by(spec, error) from error
     module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -93,7 +93,8 @@ def _by_keyword(spec: str, module: nn.Module, example: Any) -> dict[str, Tensor]
     return named
 
 
-def _raised(spec: str, error: Exception) -> ModelError:
+def raised_by(spec: str, error: Exception) -> ModelError:
+    """The error of the user's own code, with the line where it came from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return ModelError(
         f"{spec} raised {type(error).__name__}: {error}",

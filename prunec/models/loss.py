@@ -64,14 +64,18 @@ def _labels(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
     if "labels" in sample:
         return sample["labels"]
     if "decoder_input_ids" in sample:
-        given = sample["decoder_input_ids"]
+        given = _unpadded(sample["decoder_input_ids"], sample.get("decoder_attention_mask"))
         return torch.cat((given[:, 1:], torch.full_like(given[:, :1], _IGNORED)), dim=1)
-    tokens, mask = sample.get("input_ids"), sample.get("attention_mask")
+    tokens = sample.get("input_ids")
     if tokens is None:
         raise PlanError(
             f"the calibration of {type(model).__name__} has neither labels nor input_ids",
             fix="put labels into each batch, or give loss=callable",
         )
+    return _unpadded(tokens, sample.get("attention_mask"))
+
+
+def _unpadded(tokens: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.shape != tokens.shape:
         return tokens
     return tokens.masked_fill(mask == 0, _IGNORED)

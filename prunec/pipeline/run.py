@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunec.calibration import Calibration
+from prunec.calibration.given import Batch
+from prunec.errors import PlanError
 from prunec.events import Progress
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.retarget import on_device
@@ -23,7 +25,7 @@ from prunec.passes.targets.target import Target
 from prunec.pipeline.clock import Clock
 from prunec.pipeline.deliver import Outcome, deliver, sizes
 from prunec.pipeline.result import Report, Result
-from prunec.pipeline.scoring import Batches, batches_of
+from prunec.pipeline.scoring import model_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Run:
     recipe: Recipe
     aim: Target
     seed: int
-    calibration: Batches | None
+    calibration: Calibration | None
     loss: Loss | None
     weights: Mapping[str, Tensor] | None
     device: str | None
@@ -71,11 +73,22 @@ class Run:
         return self.shelf.saved if self.shelf else None
 
     @cached_property
-    def batches(self) -> list[Mapping[str, Tensor]]:
-        """The calibration inputs; none are needed where scores are saved."""
-        if self.saved and self.calibration is None:
-            return []
-        return batches_of(self.calibration)
+    def batches(self) -> list[Batch]:
+        """The model's inputs on the calibration; none are needed where scores are saved.
+
+        Raises:
+            PlanError: there are none.
+        """
+        if self.calibration is None:
+            if self.saved:
+                return []
+            raise PlanError("there are no calibration batches", fix="give at least one")
+        return model_inputs(self.model, self.calibration, self.loss)
+
+    @cached_property
+    def samples(self) -> tuple[Batch, ...]:
+        """The batches as the loss reads them: with labels, where there are any."""
+        return self.calibration.batches if self.calibration else ()
 
     def couple(self) -> CouplingGraph:
         """The model's coupling graph, on the run's device."""
@@ -98,12 +111,6 @@ class Run:
         return deliver(self.model, outcome, report, self.clock, self.progress)
 
 
-def described(calibration: Batches | None) -> dict[str, Any]:
-    """Digest and size of the calibration tokens, as a report holds them."""
-    if not isinstance(calibration, Calibration):
-        return {"batches": len(calibration or ())}
-    return {
-        "tokens": calibration.tokens,
-        "digest": calibration.digest,
-        "sources": list(calibration.sources),
-    }
+def described(calibration: Calibration | None) -> dict[str, Any]:
+    """Digest and size of the calibration, as a report holds them."""
+    return calibration.to_json() if calibration else {}

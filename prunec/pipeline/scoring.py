@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from prunec.calibration import Calibration
+from prunec.calibration import Calibration, collect
+from prunec.calibration.given import Batch, forward_inputs
 from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import CouplingGraph, couple
@@ -22,19 +23,13 @@ from prunec.passes.slice import Weights
 from prunec.passes.statistics.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.statistics.prior import prior_statistics
 
-Batches = Calibration | Sequence[Mapping[str, Tensor]]
+Batches = Calibration | Iterable[Any]
+"""What `prunec.calibration.calibrate` gives, or any iterable of inputs by name."""
 
 
-def batches_of(calibration: Batches | None) -> list[Mapping[str, Tensor]]:
-    """The inputs of a calibration.
-
-    Raises:
-        PlanError: there are none.
-    """
-    given = calibration.batches if isinstance(calibration, Calibration) else calibration
-    if not given:
-        raise PlanError("there are no calibration batches", fix="give at least one")
-    return list(given)
+def model_inputs(model: nn.Module, calibration: Calibration, loss: Loss | None) -> list[Batch]:
+    """What the model itself reads of each batch; the rest is read by the loss alone."""
+    return [forward_inputs(model, batch, loss=loss is not None) for batch in calibration.batches]
 
 
 def check_width(criterion: Any) -> None:
@@ -52,10 +47,12 @@ class Scored:
 
     Attributes:
         groups: one entry a group that has a site, in graph order.
+        calibration: digest and size of the data, as a report holds them.
     """
 
     coupling: CouplingGraph
     groups: tuple[GroupScores, ...]
+    calibration: Mapping[str, Any]
 
 
 def score(
@@ -71,22 +68,23 @@ def score(
     Args:
         model: any nn.Module; not changed.
         importance: the name of a criterion, or a Part with its options.
-        calibration: inputs by name, all batches of one shape.
-        loss: as in :func:`prune`.
+        calibration, loss: as in :func:`prune`.
 
     Raises:
         PluginError, PlanError: no such criterion, or no such option of it.
+        CalibrationError: batches that are none, or that do not fit the model.
         VerifyError: NaN or Inf in the weights or activations.
     """
     part = Part(importance, {}) if isinstance(importance, str) else importance
     criterion = part.build("importance")
     check_width(criterion)
-    batches = batches_of(calibration)
+    data = collect(calibration, model)
+    batches = model_inputs(model, data, loss)
     with progress.task("trace the model"):
         coupling = couple(trace(model, batches[0]))
     sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
     names = criterion.statistics
-    prior = prior_statistics(model, sites, names, batches, loss=loss, progress=progress)
+    prior = prior_statistics(model, sites, names, data.batches, loss=loss, progress=progress)
     setup = Setup(
         coupling,
         sites,
@@ -102,4 +100,4 @@ def score(
         for site, problem, statistics in dense_sites(setup, names)
         for group in score_groups(site, problem, criterion, statistics)
     ]
-    return Scored(coupling, tuple(scored))
+    return Scored(coupling, tuple(scored), data.to_json())

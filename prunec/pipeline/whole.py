@@ -39,7 +39,7 @@ def narrow(run: Run) -> Result:
     with run.clock("prune"):
         sites, names = stream_sites(coupling), run.criterion.statistics
         prior = prior_statistics(
-            run.model, sites, names, run.batches, loss=run.loss, progress=run.progress
+            run.model, sites, names, run.samples, loss=run.loss, progress=run.progress
         )
         selection = prune_channels(
             coupling,

@@ -100,7 +100,7 @@ def _measured(run: Run, coupling: CouplingGraph, sites: Sequence[Site]) -> Setup
                 run.model,
                 sites,
                 names,
-                run.batches,
+                run.samples,
                 loss=run.loss,
                 weights=setup.weights.read,
                 device=setup.weights.device,
@@ -119,7 +119,7 @@ def _scores(run: Run, shelf: Shelf, setup: Setup, names: Collection[str]) -> Sco
         PlanError: what is there is of another model, method or data.
     """
     origin = Origin.of(
-        run.model, run.criterion, run.compensation, run.loss, run.batches, run.weights
+        run.model, run.criterion, run.compensation, run.loss, run.samples, run.weights
     )
     scores = shelf.scores(
         origin,
@@ -138,7 +138,7 @@ def _identity(run: Run, setup: Setup, checkpoint: str | Path | None) -> dict[str
         "recipe": run.recipe.to_dict(),
         "target": str(run.aim),
         "seed": run.seed,
-        "data": _digest(run.batches),
+        "data": _digest(run.samples),
     }
     if setup.scores is not None:
         identity["scores"] = vars(setup.scores.origin)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunec.recovery.data import Sample
+from prunec.calibration.rows import Sample
 
 IGNORED = -100
 _TOLERANCE = 1e-3

@@ -9,24 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import TEXT
 
-from prunec.calibration import calibrate_text
-from prunec.calibration.sources import TextSource, parse_source, share_samples
+from prunec.calibration import calibrate
+from prunec.calibration.sources import Source, parse_source, share_samples
 from prunec.calibration.text import draw_windows, tokenise
 from prunec.errors import CalibrationError
 
 
 def test_batches_are_alike_unpadded_and_counted(text_file: Path, tokenizer: Any) -> None:
-    got = calibrate_text([str(text_file)], tokenizer, samples=12, seq_len=32, batch_size=4)
+    got = calibrate([str(text_file)], tokenizer, samples=12, seq_len=32, batch_size=4)
     assert [batch["input_ids"].shape for batch in got.batches] == [(4, 32)] * 3
     assert all(batch["input_ids"].dtype == torch.int64 for batch in got.batches)
     assert got.tokens == 12 * 32
-    assert got.sources == (f"{text_file}: 12 x 32",)
+    (source,) = got.sources
+    assert (source.name, source.kind, source.weight) == (str(text_file), "text", 1.0)
+    assert (source.samples, source.tokens) == (12, 12 * 32)
+    assert source.digest == got.digest
     assert len(got.digest) == 64
 
 
 def test_every_window_is_a_stretch_of_the_text(text_file: Path, tokenizer: Any) -> None:
     whole = tokenise(text_file.read_text(), tokenizer)
-    got = calibrate_text([str(text_file)], tokenizer, samples=6, seq_len=16)
+    got = calibrate([str(text_file)], tokenizer, samples=6, seq_len=16)
     stretches = {tuple(row.tolist()) for row in whole.unfold(0, 16, 1)}
     windows = [tuple(row.tolist()) for batch in got.batches for row in batch["input_ids"]]
     assert len(windows) == 6
@@ -40,13 +43,13 @@ def test_the_default_batch_divides_the_samples(
     tmp_path: Path, tokenizer: Any, samples: int, seq_len: int, batch: int
 ) -> None:
     (tmp_path / "long.txt").write_text(TEXT * 200)
-    got = calibrate_text([str(tmp_path / "long.txt")], tokenizer, samples=samples, seq_len=seq_len)
+    got = calibrate([str(tmp_path / "long.txt")], tokenizer, samples=samples, seq_len=seq_len)
     assert {b["input_ids"].shape for b in got.batches} == {(batch, seq_len)}
 
 
 def test_same_seed_same_tokens_other_seed_others(text_file: Path, tokenizer: Any) -> None:
     def digest(seed: int) -> str:
-        return calibrate_text([str(text_file)], tokenizer, samples=8, seq_len=16, seed=seed).digest
+        return calibrate([str(text_file)], tokenizer, samples=8, seq_len=16, seed=seed).digest
 
     assert digest(0) == digest(0)
     assert digest(0) != digest(1)
@@ -57,18 +60,22 @@ def test_a_source_gives_the_same_windows_whatever_stands_beside_it(
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("A different text, long enough for a window or two. " * 40)
-    alone = calibrate_text([str(text_file)], tokenizer, samples=4, seq_len=16, batch_size=1)
+    alone = calibrate([str(text_file)], tokenizer, samples=4, seq_len=16, batch_size=1)
     both = [str(other), f"{text_file}=1"]
-    mixed = calibrate_text(both, tokenizer, samples=8, seq_len=16, batch_size=1)
+    mixed = calibrate(both, tokenizer, samples=8, seq_len=16, batch_size=1)
     assert [b["input_ids"].tolist() for b in mixed.batches[4:]] == [
         b["input_ids"].tolist() for b in alone.batches
     ]
-    assert mixed.sources == (f"{other}: 4 x 16", f"{text_file}: 4 x 16")
+    assert [(s.name, s.samples, s.tokens) for s in mixed.sources] == [
+        (str(other), 4, 64),
+        (str(text_file), 4, 64),
+    ]
+    assert mixed.sources[1].digest == alone.digest
 
 
 def test_a_source_named_twice_is_one_source(text_file: Path, tokenizer: Any) -> None:
-    twice = calibrate_text([str(text_file)] * 2, tokenizer, samples=8, seq_len=16)
-    once = calibrate_text([str(text_file)], tokenizer, samples=8, seq_len=16)
+    twice = calibrate([str(text_file)] * 2, tokenizer, samples=8, seq_len=16)
+    once = calibrate([str(text_file)], tokenizer, samples=8, seq_len=16)
     assert twice.digest == once.digest
 
 
@@ -94,7 +101,7 @@ def test_windows_overlap_only_where_the_text_is_too_short(
 
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), samples=st.integers(1, 500))
 def test_shares_add_up_and_are_within_one_of_exact(weights: list[float], samples: int) -> None:
-    sources = [TextSource(f"s{i}", weight) for i, weight in enumerate(weights)]
+    sources = [Source(f"s{i}", "text", f"s{i}", weight=weight) for i, weight in enumerate(weights)]
     try:
         counts = share_samples(sources, samples)
     except CalibrationError as error:
@@ -111,23 +118,46 @@ def test_shares_add_up_and_are_within_one_of_exact(weights: list[float], samples
     [
         ("c4.txt", "c4.txt", 1.0),
         ("c4.txt=3", "c4.txt", 3.0),
-        ("self", "self", 1.0),
-        ("self=0.25", "self", 0.25),
         ("runs/lr=0.1/text.txt", "runs/lr=0.1/text.txt", 1.0),
         ("a=b.txt", "a=b.txt", 1.0),
         ("a=b.txt=2", "a=b.txt", 2.0),
     ],
 )
 def test_sources_are_read_with_their_weight(spec: str, name: str, weight: float) -> None:
-    assert parse_source(spec) == TextSource(name, weight)
+    assert parse_source(spec) == Source(name, "text", name, weight=weight)
 
 
-def test_a_file_that_looks_like_a_weight_is_the_file(
+@pytest.mark.parametrize(
+    ("spec", "source"),
+    [
+        ("self", Source("self", "self", "self")),
+        ("self=0.25", Source("self", "self", "self", weight=0.25)),
+        ("rows.jsonl", Source("rows.jsonl", "rows", "rows.jsonl")),
+        ("rows.json#a.b,c=2", Source("rows.json#a.b,c", "rows", "rows.json", ("a.b", "c"), 2.0)),
+        ("hub:o/n", Source("hub:o/n", "hub", "o/n")),
+        ("hub:o/n:en:test#t=3", Source("hub:o/n:en:test#t", "hub", "o/n:en:test", ("t",), 3.0)),
+        ("data.calib:make", Source("data.calib:make", "loader", "data.calib:make")),
+    ],
+)
+def test_each_kind_of_source(spec: str, source: Source) -> None:
+    assert parse_source(spec) == source
+
+
+def test_a_file_that_looks_like_another_source_is_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text=2").write_text("x")
-    assert parse_source("text=2") == TextSource("text=2")
+    for name in ("text=2", "hub:x", "a.b:c", "is#it.txt"):
+        (tmp_path / name).write_text("x")
+        assert parse_source(name) == Source(name, "text", name)
+    (tmp_path / "photos").mkdir()
+    assert parse_source("photos=2") == Source("photos", "images", "photos", weight=2.0)
+
+
+@pytest.mark.parametrize("spec", ["a.txt#b", "self#a", "r.jsonl#a,b,c", "r.jsonl#", "r.jsonl#a,"])
+def test_fields_that_are_none(spec: str) -> None:
+    with pytest.raises(CalibrationError, match=r"only rows have fields|one field of text"):
+        parse_source(spec)
 
 
 def test_a_long_text_is_tokenised_in_pieces_at_line_ends(
@@ -143,7 +173,7 @@ def test_a_long_text_is_tokenised_in_pieces_at_line_ends(
 def refusal(tokenizer: Any, *sources: Path | str, **options: Any) -> str:
     settings = {"samples": 8, "seq_len": 16, **options}
     with pytest.raises(CalibrationError) as caught:
-        calibrate_text([str(source) for source in sources], tokenizer, **settings)
+        calibrate([str(source) for source in sources], tokenizer, **settings)
     assert "\n" not in caught.value.message
     return str(caught.value)
 
@@ -168,7 +198,7 @@ def test_unusable_files(tmp_path: Path, tokenizer: Any, content: bytes, reason: 
 
 def test_absent_files_and_directories(tmp_path: Path, tokenizer: Any) -> None:
     assert "no such text file: nope.txt" in refusal(tokenizer, "nope.txt")
-    assert "is a directory" in refusal(tokenizer, tmp_path)
+    assert "is a directory, and the model reads no images" in refusal(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "much", ""])
@@ -191,5 +221,5 @@ def test_a_model_without_tokenizer(text_file: Path) -> None:
 
 def test_the_shared_texts_are_usable(data: Path, tokenizer: Any) -> None:
     sources = [f"{data}/text/calib/{name}.utf8" for name in ("c4", "tiny")]
-    got = calibrate_text(sources, tokenizer, samples=8, seq_len=256)
+    got = calibrate(sources, tokenizer, samples=8, seq_len=256)
     assert got.tokens == 8 * 256

@@ -10,14 +10,14 @@ from tiny_model import VOCABULARY, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GenerationConfig
 
-from prunec.calibration import calibrate_text, sampling
+from prunec.calibration import calibrate, sampling
 from prunec.errors import CalibrationError
 from prunec.events import silent
 
 
 def sampled(model: nn.Module, tokenizer: Any, seed: int = 0, **options: Any) -> torch.Tensor:
     settings = {"samples": 4, "seq_len": 12, "batch_size": 4, **options}
-    got = calibrate_text(["self"], tokenizer, seed=seed, model=model, **settings)
+    got = calibrate(["self"], tokenizer, seed=seed, model=model, **settings)
     (batch,) = got.batches
     return batch["input_ids"]
 
@@ -135,7 +135,7 @@ def test_models_that_cannot_sample_are_refused(tokenizer: Any) -> None:
         with pytest.raises(CalibrationError, match="does not write text"):
             sampled(model, tokenizer)
     with pytest.raises(CalibrationError, match="needs the model"):
-        calibrate_text(["self"], tokenizer, samples=4, seq_len=12)
+        calibrate(["self"], tokenizer, samples=4, seq_len=12)
 
 
 def test_logits_that_are_not_finite_are_refused(cache: Path, tokenizer: Any) -> None:

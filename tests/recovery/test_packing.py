@@ -11,8 +11,9 @@ import torch
 from tiny_model import TEXT, tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
+from prunec.calibration.rows import Sample
 from prunec.errors import CalibrationError
-from prunec.recovery.data import Sample, read_samples, split_held_out
+from prunec.recovery.data import read_samples, split_held_out
 from prunec.recovery.packing import IGNORED, collate, keeps_apart, pack, single
 
 TOKENIZER = tiny_tokenizer()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 import yaml
 
@@ -153,9 +154,8 @@ def _asked(case: Case, *, titled: bool) -> str:
             before, after = report[name]
             rows.append((words, f"{before:,} to {after:,} (-{1 - after / before:.1%})"))
     calibration = report.get("calibration") or {}
-    if calibration.get("tokens"):
-        sources = "; ".join(calibration.get("sources", ()))
-        rows.append(("calibrated on", f"{calibration['tokens']:,} tokens: {sources}"))
+    if sources := calibration.get("sources"):
+        rows.append(("calibrated on", "; ".join(map(_source, sources))))
     if seconds := sum((report.get("seconds") or {}).values()):
         rows.append(("pruning took", duration(seconds)))
     if checks := record.get("checks"):
@@ -165,6 +165,14 @@ def _asked(case: Case, *, titled: bool) -> str:
         reasons = dict.fromkeys(item["reason"] for item in skipped)
         rows.append(("left whole", f"{len(skipped)} groups: {'; '.join(reasons)}"))
     return _titled(case, facts(rows), titled)
+
+
+def _source(source: Mapping[str, Any] | str) -> str:
+    """A calibration source in words, as older records have it already."""
+    if isinstance(source, str):
+        return source
+    tokens = f", {source['tokens']:,} tokens" if source["tokens"] else ""
+    return f"{source['name']} ({source['samples']:,} samples{tokens})"
 
 
 def _comparison(cases: Sequence[Case], base: Measured | None) -> str:
@@ -322,7 +330,7 @@ def _recipe(case: Case, *, titled: bool) -> str:
         (name, str(record[name])) for name in ("prunec", "torch", "transformers") if name in record
     ]
     if digest := (case.report.get("calibration") or {}).get("digest"):
-        rows.append(("calibration tokens, sha256", str(digest)))
+        rows.append(("calibration, sha256", str(digest)))
     if "seed" in case.report:
         rows.append(("seed", str(case.report["seed"])))
     parts = [facts(rows)]

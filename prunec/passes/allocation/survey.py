@@ -59,7 +59,7 @@ class DenseSurvey:
                 stop = min(value.users, key=lambda user: position[user])
 
                 def visit(batch: int, x: Tensor, value: fx.Node = value) -> None:
-                    real = stream.real_tokens(batch, x)
+                    real = stream.real_tokens(batch, value, x)
                     for block, passage in along.items():
                         if passage.leaves is value:
                             cosine = F.cosine_similarity(

@@ -139,8 +139,9 @@ class DenseTrials:
         weights = self._fit.weights.dense()
         stream = weights.stream(self._held)
         found = []
+        (result,) = self._coupling.program.graph.find_nodes(op="output")
         for part, output in enumerate(stream.finish()):
-            real = stream.real_tokens(part, output[..., 0])
+            real = stream.real_tokens(part, result.args[0][0], output)
             rows = (
                 torch.arange(output[..., 0].numel()) if real is None else real.flatten().nonzero()
             )

@@ -118,7 +118,7 @@ class Moments:
         if read_dense is not None:
             parts.append(self._target(node, read, read_dense))
         z = torch.cat(parts, dim=1)
-        tokens = self._stream.real_tokens(number, value)
+        tokens = self._stream.real_tokens(number, operand, value)
         counts = z.new_ones(len(z)) if tokens is None else tokens.flatten().to(z.dtype)
         if self._regression.tokens == "capped":
             own = read_dense is None

@@ -167,7 +167,7 @@ class Measurement:
         paired = [stop.moments for stop in here if stop.moments is not None]
         for batch, (read, read_dense) in enumerate(self._walk(node, beside=bool(paired))):
             value = read(operand)
-            tokens = self.stream.real_tokens(batch, value)
+            tokens = self.stream.real_tokens(batch, operand, value)
             for statistic in collectors:
                 statistic.update(value, tokens)
             for moments in paired:
