@@ -15,7 +15,9 @@ from typing import Any
 
 from prunec.errors import PluginError
 
-GROUPS = ("importance", "op_rules", "allocation", "compensation", "passes", "exporters")
+GROUPS = (
+    *("importance", "op_rules", "forwards", "allocation", "compensation", "passes", "exporters"),
+)
 
 
 def names(group: str) -> list[str]:

@@ -83,9 +83,20 @@ def test_a_block_and_a_group_can_be_named(folder: Path) -> None:
 
 def test_what_couples_blocks_is_told_from_what_lies_in_one() -> None:
     shown = run("drawn_models:blocks").stdout
-    across, inside = shown.split("h.* (2 blocks)")
+    across, inside = shown.split("h.* (2 blocks)", 1)
     assert "couples 2 blocks" in across
     assert "h.*/ffn_channel" in inside
+
+
+def test_units_of_depth_are_shown_per_block(folder: Path) -> None:
+    shown = run("drawn_models:blocks", "--json", "a.json").stdout
+    assert "Depth: h.* (2 blocks)" in shown
+    (row,) = (line for line in shown.split("Depth: ")[1].splitlines() if "h.*/mlp" in line)
+    count = 6 + 6 + 6 * 12 + 12 + 12 * 6 + 6
+    cells = [cell.strip() for cell in row.split("│")[1:5]]
+    assert cells == ["h.*/mlp", "2", str(count), str(2 * 2 * 2 * 6 * 12)]
+    branches = json.loads((folder / "a.json").read_text())["branches"]
+    assert [found["parameters"] for found in branches] == [count, count]
 
 
 @pytest.mark.parametrize("level", ["blocks", "groups", "ops"])

@@ -59,7 +59,8 @@ def analyze(
 ) -> None:
     """List what can be pruned, and what is pinned.
 
-    A group is a set of weights that must be cut together; a unit is what one cut removes.
+    A group is a set of weights that must be cut together; a unit is what one cut removes. A branch
+    is added to the residual stream, and can be left out whole; so can a block of them.
 
     With --importance the units of each group are ranked on calibration data, on the dense model.
 
@@ -76,7 +77,12 @@ def analyze(
         show_scores,
     )
     from prunec.graph import render
-    from prunec.graph.render.text import describe_groups, describe_pinned, headline
+    from prunec.graph.render.text import (
+        describe_branches,
+        describe_groups,
+        describe_pinned,
+        headline,
+    )
 
     screen = Screen(quiet=quiet, json=json)
     for path in (svg, dot, html):
@@ -118,7 +124,7 @@ def analyze(
         with screen.task("write the page"):
             render.write_page(coupling, html, title=model, values=values)
     screen.say(headline(coupling))
-    for section in describe_groups(coupling):
+    for section in (*describe_groups(coupling), *describe_branches(coupling)):
         _show(screen, section)
     if part:
         show_scores(screen, part, groups)
@@ -133,6 +139,6 @@ def analyze(
 
 def _show(screen: Screen, section: Section) -> None:
     """A table whose first and last columns, and what else is no figure, are words."""
-    figures = {"times", "units", "size", "parameters a unit", "FLOPs a unit"}
+    figures = {"times", "units", "size", "parameters", "FLOPs", "parameters a unit", "FLOPs a unit"}
     words = [i for i, column in enumerate(section.columns) if column not in figures]
     screen.table(section.title, section.columns, section.rows, words=words)

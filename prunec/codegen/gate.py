@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunec.codegen import acceptance
-from prunec.codegen.battery import FORWARD_ERRORS, Check, checks, tolerance, whole_outputs
+from prunec.codegen.battery import (
+    FORWARD_ERRORS,
+    Check,
+    checks,
+    own_shape,
+    tolerance,
+    whole_outputs,
+)
 from prunec.codegen.streamed import is_streamed
 from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import VerifyError
@@ -65,8 +72,17 @@ def prepare(
         model = assemble(model, {name: tensor.cpu() for name, tensor in tensors_of(model).items()})
     acceptance.align(model)  # as the other side does: values stay, addresses change
     plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
-    battery = [c for c in plain if not c.decode]
-    battery = battery[-1:] if streamed else battery  # each reads all weights on both sides
+    whole = [c for c in plain if not c.decode]
+    whole = whole[-1:] if streamed else whole  # each reads all weights on both sides
+    outcomes = _outcomes(model, whole)
+    outcomes = outcomes or _outcomes(model, checks(model, example, (own_shape(example),))[:1])
+    if not outcomes:
+        raise VerifyError(
+            "the model gives no finite numbers to compare",
+            where=type(model).__name__,
+            so="nothing was delivered",
+        )
+    battery = [check for check, _ in outcomes]
     generates = any(c.decode for c in plain) and not streamed
     auto_map = json.loads((directory / "config.json").read_text("utf-8")).get("auto_map", {})
     job: dict[str, Any] = {
@@ -84,7 +100,7 @@ def prepare(
     }
     job["generates"] = generates and _generates(model, battery[-1].inputs, job)
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    save_file(_tensors(model, battery), folder / "tensors.safetensors")
+    save_file(_tensors(outcomes), folder / "tensors.safetensors")
     generation = ["generate, cached"] if job["generates"] else []
     return [f"{check.name} (fresh process)" for check in battery] + generation
 
@@ -128,10 +144,24 @@ def _pad_token(model: Any) -> int:
     return 0
 
 
-def _tensors(model: Any, battery: list[Check]) -> dict[str, Tensor]:
-    found = {}
+def _outcomes(model: Any, battery: Sequence[Check]) -> list[tuple[Check, Tensor]]:
+    """Each check with its logits; those left out that the class cannot run, or overflows at."""
+    found = []
     for check in battery:
-        found[f"{check.name}.out"] = whole_outputs(model, check)[0].cpu().clone()
+        try:
+            logits = whole_outputs(model, check)[0].cpu().clone()
+        except FORWARD_ERRORS as error:
+            log.info("%r is not compared: %s", check.name, error)
+            continue
+        if bool(logits.isfinite().all()):
+            found.append((check, logits))
+    return found
+
+
+def _tensors(outcomes: Sequence[tuple[Check, Tensor]]) -> dict[str, Tensor]:
+    found = {}
+    for check, logits in outcomes:
+        found[f"{check.name}.out"] = logits
         found |= {f"{check.name}.in.{n}": t.clone() for n, t in check.inputs.items()}
     return found
 

@@ -167,7 +167,7 @@ def _groups(program: Program, layout: Layout) -> tuple[Group, ...]:
         and any(place.parameter in program.parameters for place in places)
     ]
     companions = {leaf: _companions(leaf, members[leaf], layout) for leaf in free}
-    kinds = infer_kinds(program, layout, free, members, companions)
+    kinds = infer_kinds(program, layout, free, companions)
     names = _names(free, members, kinds)
     return tuple(
         Group(

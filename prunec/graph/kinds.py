@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+
+from torch import fx
 
 from prunec.graph.dims import Dim
 from prunec.graph.program import Program
@@ -11,20 +12,10 @@ from prunec.graph.propagate import Layout
 from prunec.graph.sums import residual_leaves
 
 
-class Place(Protocol):
-    """A parameter axis (see coupling.Member)."""
-
-    @property
-    def parameter(self) -> str: ...
-    @property
-    def axis(self) -> int: ...
-
-
 def infer_kinds(
     program: Program,
     layout: Layout,
     leaves: Sequence[Dim],
-    members: Mapping[Dim, Sequence[Place]],
     companions: Mapping[Dim, Sequence[Dim]],
 ) -> dict[Dim, str]:
     """A kind for every leaf.
@@ -38,6 +29,7 @@ def infer_kinds(
     shared = {
         leaf for leaf in leaves if leaf.has("head") and leaf.has("shared") and leaf not in residual
     }
+    calls = {node.name: node for node in program.graph.nodes}
     grouped = {major for leaf in shared for major in companions[leaf]}
     kinds: dict[Dim, str] = {}
     for leaf in leaves:
@@ -50,7 +42,7 @@ def infer_kinds(
         elif leaf.has("head"):
             kinds[leaf] = "kv_group" if leaf in grouped else "head"
         elif leaf.has("score"):
-            kinds[leaf] = _score_kind(leaf, layout, members[leaf])
+            kinds[leaf] = _score_kind(leaf, calls, layout)
         elif leaf.has("value"):
             kinds[leaf] = "value_dim"
         elif leaf.has("channel"):
@@ -60,25 +52,24 @@ def infer_kinds(
     return kinds
 
 
-def _score_kind(leaf: Dim, layout: Layout, places: Sequence[Place]) -> str:
+def _score_kind(leaf: Dim, calls: Mapping[str, fx.Node], layout: Layout) -> str:
+    """What meets in a score: a rotary pair if the leaf is there twice, as halves or phases are."""
     if leaf.has("value"):
         return "head_dim"
-    halves = any(
-        _in_two_halves(layout.parameters[place.parameter][place.axis], leaf) for place in places
-    )
-    return "rope_pair" if halves else "qk_dim"
+    met = (calls[note.node] for note in leaf.notes if note.kind == "score")
+    operands = (layout.values.get(node, []) for call in met for node in call.all_input_nodes)
+    axes = (axis for values in operands for value in values for axis in value.dims)
+    return "rope_pair" if any(_paired(axis, leaf) for axis in axes) else "qk_dim"
 
 
-def _in_two_halves(dim: Dim, leaf: Dim) -> bool:
+def _paired(dim: Dim, leaf: Dim) -> bool:
     """Whether the leaf is paired with itself, as the two numbers that a rotation turns are.
 
-    Two segments of one sum by itself (halves), or the major factor beside two pinned phases
-    (interleaved). Queries and keys in one weight are two segments as well: beside the values.
+    Two segments of one sum (halves), or the major factor beside two pinned phases (interleaved).
     """
-    root, parts = dim.root, dim.parts
-    others = [part for part in parts if part is not leaf]
-    if root.form == "sum" and len(parts) - len(others) == 2:
-        return not any(part.has("value") for part in others)
-    if root.form == "product" and parts[-1].size == 2 and parts[-1].has("pinned"):
+    parts = dim.parts
+    if dim.form == "sum" and sum(part is leaf for part in parts) > 1:
+        return True
+    if dim.form == "product" and parts[-1].size == 2 and parts[-1].has("pinned"):
         return len(parts) > 1 and parts[-2] is leaf
-    return any(_in_two_halves(part, leaf) for part in parts)
+    return any(_paired(part, leaf) for part in parts)

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from prunec.errors import TraceError
+from prunec.graph.forwards import traceable
 from prunec.graph.program import Program
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -125,7 +126,7 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
     training = model.training
     wrapper.eval()
     try:
-        with torch.no_grad(), _real_looking_parameters(wrapper) as mode:
+        with torch.no_grad(), traceable(model), _real_looking_parameters(wrapper) as mode:
             if mode is not None:
                 arguments = tuple(mode.from_tensor(value) for value in arguments)
             return torch.export.export(wrapper, arguments, strict=False)
@@ -134,8 +135,8 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
         raise TraceError(
             f"{type(model).__name__} cannot be traced: {reason[0]}",
             where=_model_line(error),
-            fix="export needs a forward without data-dependent Python control flow; "
-            "check the example inputs, or patch the forward",
+            fix="export needs a forward without data-dependent Python control flow; check the "
+            "example inputs, or name another forward to trace (docs/rules.md, Forwards)",
         ) from error
     finally:
         model.train(training)

@@ -208,6 +208,20 @@ def test_counts_are_shortened_to_three_digits(count: int, expected: str) -> None
     assert short(count) == expected
 
 
+def test_node_link_tells_the_units_of_depth() -> None:
+    data = to_node_link(three_layers())
+    first = data["branches"][1]
+    assert first["name"] == "layers.0/mlp"
+    assert (first["kind"], first["block"]) == ("mlp", "layers.0")
+    width = next(g["units"] for g in data["groups"] if g["name"] == "layers.0.mlp/ffn_channel")
+    norm, multiplied = 2 * 12, 3 * 12 * width
+    assert first["parameters"] == norm + multiplied
+    assert first["flops"] == 2 * 10 * multiplied  # ten tokens
+    projections = {f"layers.0.mlp.{name}.weight" for name in ("gate", "up", "down")}
+    assert set(first["members"]) == {*projections, "layers.0.norm2.weight", "layers.0.norm2.bias"}
+    assert len(data["branches"]) == 6
+
+
 def test_node_link_reads_back_as_the_coupling_graph() -> None:
     coupling = three_layers()
     graph = nx.node_link_graph(to_node_link(coupling), edges="edges")
@@ -221,6 +235,7 @@ def test_node_link_reads_back_as_the_coupling_graph() -> None:
 def test_every_field_of_the_json_is_documented() -> None:
     data = to_node_link(three_layers())
     documented = set(re.findall(r"`(\w+)`", (DOCS / "graph-json.md").read_text()))
-    tables = [data["graph"], *data["groups"], *data["pinned"], *data["nodes"], *data["edges"]]
+    lists = ("groups", "branches", "pinned", "nodes", "edges")
+    tables = [data["graph"], *(entry for name in lists for entry in data[name])]
     written = {key for table in [data, *tables] for key in table}
     assert written - documented == set()

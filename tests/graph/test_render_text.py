@@ -45,6 +45,17 @@ layers.* (3 blocks)
   layers.*.mlp/ffn_channel           3  7 to 9                 36           720  gate.weight[0]
                                                                                  up.weight[0]
                                                                                  down.weight[1]
+
+Depth: layers.* (3 blocks)
+  branch              times  parameters             FLOPs  leaves out
+  layers.*/attention      3         636            13.9 k  layers.*.norm1
+                                                           layers.*.attention
+  layers.*/mlp            3  276 to 348    5,040 to 6,480  layers.*.norm2
+                                                           layers.*.mlp
+  layers.*/block          3  912 to 984  19.0 k to 20.4 k  layers.*.norm1
+                                                           layers.*.attention
+                                                           layers.*.norm2
+                                                           layers.*.mlp
 """,
     )
 

@@ -29,12 +29,13 @@ from prunec.passes.plan import GroupKeep, Plan
 from prunec.passes.slice import slice_program, slice_state, sliced_parameters
 
 Record = dict[str, Any]
-# What is taken from a sub-layer, the first of these rows that it has any unit of.
+# What is taken from a sub-layer, the first of these rows that it has any unit of. Queries and keys
+# lose as much as values: many classes have one number for both.
 UNITS = (
     ("ffn_channel", "head", "query_head", "kv_group", "conv_channel"),
     ("expert",),
-    ("value_dim", "head_dim"),
-    ("qk_dim", "rope_pair"),
+    ("value_dim", "head_dim", "qk_dim"),
+    ("rope_pair",),
 )
 
 

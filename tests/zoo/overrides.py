@@ -26,10 +26,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 52, "moe_num_experts": 9, "moe_top_k": 2},
     },
     "diffllama": {"num_key_value_heads": 2},
+    "esm": {"vocab_size": 67, "pad_token_id": 0, "mask_token_id": 4},
+    "esmc": {"num_key_value_heads": 6},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "gemma3n": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 12},
+    "mobilebert": {"intra_bottleneck_size": 36},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {

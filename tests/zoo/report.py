@@ -47,7 +47,7 @@ def _records(folder: Path) -> dict[str, Record]:
 
 
 def _kept(record: Record) -> Record:
-    return {k: v for k, v in record.items() if k not in ("sources", "config", "operators")}
+    return {k: v for k, v in record.items() if k not in ("config", "operators")}
 
 
 def first_failure(record: Record) -> str:
@@ -85,13 +85,27 @@ def types_page(
         "",
     ]
     for step, records in (("examine", examined), ("deliver", delivered)):
-        stale = sum(record["sources"] != digests[step] for record in records.values())
+        stale = {n: r for n, r in records.items() if r["sources"] != digests[step]}
         if stale:
-            lines += [f"{stale} records of `{step}` are of earlier sources.", ""]
+            lines += [
+                f"{len(stale)} of {len(records)} records of `{step}` are of earlier sources, "
+                "marked °.",
+                "",
+            ]
+    examined = _marked(examined, digests["examine"])
+    delivered = _marked(delivered, digests["deliver"])
     for family, title in TITLES.items():
         names = [n for n in configs.all_types(family) if n in examined or n in delivered]
         lines += [f"## {title}", "", *_family(names, examined, delivered), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _marked(records: Mapping[str, Record], digest: str) -> dict[str, Record]:
+    """Records with a mark, after the status, on those of other sources."""
+    return {
+        name: {**record, "mark": "" if record["sources"] == digest else "°"}
+        for name, record in records.items()
+    }
 
 
 def _totals(records: list[Record]) -> list[str]:
@@ -138,14 +152,14 @@ def _row(name: str, record: Record, delivery: Record) -> str:
     caught = f"{controls.get('caught', 0)}/{controls.get('made', 0)}" if controls else ""
     cells = [
         name.rpartition("/")[-1],
-        record.get("status", ""),
+        record.get("status", "") + record.get("mark", ""),
         record.get("groups", ""),
         kinds,
         checks.get("exact", ""),
         checks.get("kept", ""),
         checks.get("vacuous", ""),
         caught,
-        delivery.get("status", ""),
+        delivery.get("status", "") + delivery.get("mark", ""),
         _taken(delivery),
         "; ".join(note for note in notes if note).replace("|", "/"),
     ]

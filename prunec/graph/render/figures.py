@@ -117,7 +117,7 @@ def alike(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 def pattern(path: str) -> str:
     """A path with its layer numbers left open: ``model.layers.*.mlp``."""
-    return re.sub(r"(?:(?<=\.)|^)\d+(?=[./]|$)", "*", path)
+    return re.sub(r"(?:(?<=\.)|^)\d+(?=[./#]|$)", "*", path)
 
 
 def fold_groups(figures: Sequence[GroupFigures]) -> list[Alike]:

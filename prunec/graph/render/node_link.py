@@ -7,6 +7,7 @@ from typing import Any
 
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.program import module_path, source_line
+from prunec.graph.render.depth import BranchFigures, branch_figures
 from prunec.graph.render.figures import Figures
 from prunec.graph.render.flow import operator_name
 
@@ -61,6 +62,7 @@ def to_node_link(
             }
             for group in describe_groups(coupling)
         ],
+        "branches": [_branch(found) for found in branch_figures(coupling)],
         "pinned": [dict(vars(found)) for found in coupling.pinned],
         "nodes": nodes,
         "edges": edges,
@@ -87,6 +89,19 @@ def _group(figures: Figures, group: Group) -> dict[str, Any]:
         "parameters_per_unit": found.parameters_per_unit,
         "flops_per_unit": found.flops_per_unit,
         "members": [{"parameter": m.parameter, "axis": m.axis} for m in group.members],
+    }
+
+
+def _branch(found: BranchFigures) -> dict[str, Any]:
+    branch = found.branch
+    return {
+        "name": branch.name,
+        "kind": branch.kind,
+        "block": branch.block,
+        "parameters": found.parameters,
+        "flops": found.flops,
+        "modules": list(branch.modules),
+        "members": list(branch.parameters),
     }
 
 

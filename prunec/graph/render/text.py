@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.render.depth import BranchFigures, branch_figures
 from prunec.graph.render.figures import (
     Alike,
     Figures,
@@ -21,6 +22,7 @@ from prunec.graph.render.labels import remarks
 
 MAX_PLACES = 10
 COLUMNS = ("group", "times", "units", "parameters a unit", "FLOPs a unit", "sits in")
+BRANCH_COLUMNS = ("branch", "times", "parameters", "FLOPs", "leaves out")
 PINNED_COLUMNS = ("reason", "times", "size", "source line", "sits in")
 
 
@@ -68,6 +70,35 @@ def _row(figures: Figures, line: Alike) -> tuple[str, ...]:
     )
 
 
+def describe_branches(coupling: CouplingGraph) -> list[Section]:
+    """What can be left out whole: a table for each kind of block, its last row the block itself."""
+    sections: list[Section] = []
+    for together in alike(branch_figures(coupling), lambda f: pattern(f.branch.block or "")):
+        folded = alike(together, lambda f: pattern(f.branch.name))
+        rows = [_branch_row(pattern(row[0].branch.name), [[f] for f in row]) for row in folded]
+        whole = alike(together, lambda f: f.branch.block)
+        block = together[0].branch.block
+        if block and len(folded) > 1:
+            rows.append(_branch_row(f"{pattern(block)}/block", whole))
+        title = f"Depth: {pattern(block) if block else 'outside any block'}"
+        if block and len(whole) > 1:
+            title += f" ({len(whole)} blocks)"
+        sections.append(Section(title, BRANCH_COLUMNS, tuple(rows)))
+    return sections
+
+
+def _branch_row(name: str, units: Sequence[Sequence[BranchFigures]]) -> tuple[str, ...]:
+    """A row of units that are alike: branches one by one, or all of each block."""
+    modules = (pattern(path) for unit in units for f in unit for path in f.branch.modules)
+    return (
+        name,
+        f"{len(units):,}",
+        span(sum(f.parameters for f in unit) for unit in units),
+        span((sum(f.flops for f in unit) for unit in units), brief=True),
+        _several(list(dict.fromkeys(modules))),
+    )
+
+
 def _several(places: Sequence[str]) -> str:
     more = len(places) - MAX_PLACES
     return "\n".join([*places[:MAX_PLACES], *([f"and {more} more"] if more > 0 else [])])
@@ -91,7 +122,7 @@ def describe(coupling: CouplingGraph, *, why: bool = False) -> str:
     Args:
         why: list what is pinned, and the reasons.
     """
-    sections = describe_groups(coupling)
+    sections = [*describe_groups(coupling), *describe_branches(coupling)]
     if why and coupling.pinned:
         sections.append(describe_pinned(coupling))
     return "\n\n".join([headline(coupling), *map(_format, sections)]) + "\n"

@@ -156,6 +156,32 @@ def index_put(call: Call) -> Result:
     return dims
 
 
+@RULES.register("aten::masked_scatter")
+def masked_scatter(call: Call) -> Result:
+    """Marked positions take the source's rows in turn: the axes behind the last one it marks."""
+    dims = call.broadcast([call.dims("self"), call.dims("mask")], call.shape)
+    source, marks = call.dims("source"), call.dims(_narrow(call.arg("mask")))
+    whole = 0  # trailing axes that the mask does not tell apart
+    while whole < len(source) and (len(marks) <= whole or marks[-1 - whole].size == 1):
+        call.unify(dims[-1 - whole], source[-1 - whole])
+        whole += 1
+    for dim in (*dims[: len(dims) - whole], *source[: len(source) - whole]):
+        call.pin(dim, "chosen by a mask")
+    return dims
+
+
+def _narrow(mask: fx.Node) -> fx.Node:
+    """The mask before it was expanded."""
+    while getattr(getattr(mask.target, "_schema", None), "name", None) in _WIDENED:
+        mask = mask.all_input_nodes[0]
+    return mask
+
+
+_WIDENED = tuple(
+    f"aten::{name}" for name in ("expand", "expand_as", "broadcast_to", "to", "_to_copy", "clone")
+)
+
+
 @RULES.register("aten::index_select", usage="index")
 def index_select(call: Call) -> Result:
     axis, dims = call.axis(), call.dims("self")

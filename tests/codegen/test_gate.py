@@ -1,0 +1,60 @@
+"""What the acceptance gate compares: what the class can run, in finite numbers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from slicing import shrunk
+from torch import Tensor
+
+from prunec.codegen.gate import prepare
+from prunec.errors import VerifyError
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Any, Path]:
+    *_, result = shrunk("gpt2")
+    (tmp_path / "model").mkdir()
+    result.model.save_pretrained(tmp_path / "model")
+    return result, tmp_path
+
+
+def compared(written: tuple[Any, Path]) -> list[str]:
+    result, folder = written
+    return prepare(result.model, folder / "model", "AutoModelForCausalLM", result.example, folder)
+
+
+def test_a_class_of_one_batch_size_is_compared_at_its_own(
+    written: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As models that fold several code books into the batch."""
+    result, folder = written
+    rows, length = result.example["input_ids"].shape
+    forward = result.model.forward
+
+    @functools.wraps(forward)
+    def folded(input_ids: Tensor, **kwargs: Any) -> Any:
+        if len(input_ids) != rows:
+            raise RuntimeError(f"shape '[-1, {rows}]' is invalid")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(result.model, "forward", folded)
+    name, *_ = compared(written)
+    assert name.startswith(f"{rows} x {length}, ")
+    tensors = load_file(folder / "tensors.safetensors")
+    assert [len(t) for name, t in tensors.items() if name.endswith(".out")] == [rows]
+
+
+def test_a_model_without_finite_numbers_is_not_delivered(written: tuple[Any, Path]) -> None:
+    weight = written[0].model.transformer.ln_f.weight
+    before = weight[0].item()
+    weight[0] = float("inf")
+    try:
+        with pytest.raises(VerifyError, match="no finite numbers"):
+            compared(written)
+    finally:
+        weight[0] = before
