@@ -55,7 +55,8 @@ def opened(job: dict[str, Any], auto: str, head: set[str] | None, problems: list
         if keys:
             problems.append(f"{auto}: {kind}: {sorted(keys)[:3]}")
     align(model)
-    return model.eval()
+    # torch multiplies by a weight that wants a gradient in another way, with other last bits
+    return model.eval().requires_grad_(False)
 
 
 def align(model: Any) -> None:

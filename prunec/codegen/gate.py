@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def prepare(
     plain = [c for c in checks(model, example, SHAPES) if c.attention == _attention(model)]
     whole = [c for c in plain if not c.decode]
     whole = whole[-1:] if streamed else whole  # each reads all weights on both sides
-    outcomes = _outcomes(model, whole)
-    outcomes = outcomes or _outcomes(model, checks(model, example, (own_shape(example),))[:1])
+    with _frozen(model):
+        outcomes = _outcomes(model, whole)
+        outcomes = outcomes or _outcomes(model, checks(model, example, (own_shape(example),))[:1])
     if not outcomes:
         raise VerifyError(
             "the model gives no finite numbers to compare",
@@ -103,6 +105,19 @@ def prepare(
     save_file(_tensors(outcomes), folder / "tensors.safetensors")
     generation = ["generate, cached"] if job["generates"] else []
     return [f"{check.name} (fresh process)" for check in battery] + generation
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """As the other side has them: no parameter wants a gradient."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def _generates(model: Any, inputs: dict[str, Tensor], job: dict[str, Any]) -> bool:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers as T
 from safetensors.torch import load_file
 from slicing import shrunk
 from torch import Tensor
 
-from prunec.codegen.gate import prepare
+from prunec.codegen.gate import _frozen, prepare
 from prunec.errors import VerifyError
 
 
@@ -47,6 +49,20 @@ def test_a_class_of_one_batch_size_is_compared_at_its_own(
     assert name.startswith(f"{rows} x {length}, ")
     tensors = load_file(folder / "tensors.safetensors")
     assert [len(t) for name, t in tensors.items() if name.endswith(".out")] == [rows]
+
+
+def test_weights_that_want_a_gradient_do_not_change_what_is_compared() -> None:
+    """torch folds a product by such a weight: what mamba computes has other last bits then."""
+    torch.manual_seed(0)
+    config = T.MambaConfig(
+        vocab_size=61, hidden_size=48, state_size=7, num_hidden_layers=2, time_step_rank=3
+    )
+    model = T.MambaForCausalLM(config).eval()
+    plain = model(torch.arange(18).reshape(2, 9)).logits
+    with _frozen(model):
+        frozen = model(torch.arange(18).reshape(2, 9)).logits
+    assert not torch.equal(plain, frozen)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_model_without_finite_numbers_is_not_delivered(written: tuple[Any, Path]) -> None:
