@@ -104,7 +104,7 @@ def qwen4_exp_indexer(
     if count == 0:
         return seen.unsqueeze(1)
     complete = seen.sum(-1, keepdim=True) // self.compress_ratio
-    order = (~seen).long().argsort(-1, stable=True)[..., : count * self.compress_ratio]
+    order = (~seen).long().argsort(dim=-1, stable=True)[..., : count * self.compress_ratio]
     order = order.view(batch, length, count, self.compress_ratio)
 
     rows = torch.arange(batch, device=q.device)[:, None, None]

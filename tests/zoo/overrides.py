@@ -6,6 +6,11 @@ from typing import Any
 
 # attributes, `None` to leave the default
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {
+        "encoder_config": {"hidden_size_global": 48},
+        "decoder_config": {"hidden_size_global": 48},
+        "encoder_hash_byte_group_vocab": 101,
+    },
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },

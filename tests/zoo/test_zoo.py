@@ -30,7 +30,8 @@ DELIVERED = (
     *("vision/vit", "vision/resnet", "vision/convnext", "audio/wav2vec2", "image/internvl"),
 )
 
-# what torch.export or transformers cannot do with inputs of token ids alone
+# what torch.export or transformers cannot do with inputs of token ids alone; the first five it can
+# with the forwards of examples/plugin_forwards, see tests/test_plugin_forwards.py
 UNTRACEABLE = {
     "blt": "entropy patching guards on data",
     "dbrx": "its experts loop guards on data",
