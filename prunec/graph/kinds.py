@@ -65,11 +65,12 @@ def _score_kind(leaf: Dim, calls: Mapping[str, fx.Node], layout: Layout) -> str:
 def _paired(dim: Dim, leaf: Dim) -> bool:
     """Whether the leaf is paired with itself, as the two numbers that a rotation turns are.
 
-    Two segments of one sum (halves), or the major factor beside two pinned phases (interleaved).
+    Two segments of one sum (halves), or the major factor beside two phases, both of which stay
+    (interleaved).
     """
     parts = dim.parts
-    if dim.form == "sum" and sum(part is leaf for part in parts) > 1:
-        return True
-    if dim.form == "product" and parts[-1].size == 2 and parts[-1].has("pinned"):
-        return len(parts) > 1 and parts[-2] is leaf
+    if dim.form == "sum":
+        return sum(part is leaf for part in parts) > 1 or any(_paired(p, leaf) for p in parts)
+    if dim.form == "product" and parts[-1].size == 2 and parts[-2] is leaf:
+        return parts[-1].form == "sum" or parts[-1].has("pinned")
     return any(_paired(part, leaf) for part in parts)

@@ -43,8 +43,7 @@ def test_what_a_rotation_turns_is_a_rotary_pair(interleaved: bool) -> None:
         return F.linear(torch.matmul(scores, F.linear(x, p.v)), p.o)
 
     found = kinds(forward, q=(8, 6), k=(8, 6), v=(7, 6), o=(3, 7))
-    assert found.get("rope_pair", 4) == 4
-    assert "qk_dim" not in found
+    assert found == {"rope_pair": 4, "value_dim": 7}
 
 
 def test_a_state_space_model_has_no_rotary_pairs() -> None:

@@ -280,7 +280,7 @@ def test_rotary_interleaved() -> None:
     assert_expected_inline(
         checked(net(forward, q=(18, 6), k=(18, 6), v=(4, 6), frequency=(3,)), X),
         """\
-qk_dim 3: q[0] k[0] frequency[0]
+rope_pair 3: q[0] k[0] frequency[0]
 pinned q[0] 3: an axis of the output
 pinned q[1] 6: an axis of the input
 pinned k[0] 3: an axis of the output

@@ -103,7 +103,12 @@ OVERRIDES |= {
     "wav2vec2-conformer": _WAVE,
     "gemma3": {"mm_tokens_per_image": 4},
     "internvl": {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
-    "paligemma": {"projection_dim": 48, "vision_config": {"projection_dim": 48}},
+    "paligemma": {
+        "projection_dim": 48,
+        "vision_config": {"projection_dim": 48},
+        # as released, its eager forward is causal where a mask is built and not where it is skipped
+        "text_config": {"use_bidirectional_attention": False},
+    },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
