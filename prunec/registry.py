@@ -16,7 +16,13 @@ from typing import Any
 from prunec.errors import PluginError
 
 GROUPS = (
-    *("importance", "op_rules", "forwards", "allocation", "compensation", "passes", "exporters"),
+    "importance",
+    "op_rules",
+    "forwards",
+    "allocation",
+    "compensation",
+    "passes",
+    "exporters",
 )
 
 

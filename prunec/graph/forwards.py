@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -25,15 +26,17 @@ def traceable(model: nn.Module) -> Iterator[None]:
         MyExperts = "my_package:my_experts"
     """
     declared = set(names("forwards"))
-    before: list[tuple[nn.Module, dict[str, object]]] = []
-    for module in model.modules() if declared else ():
-        known = (cls.__name__ for cls in type(module).__mro__ if cls.__name__ in declared)
-        if (name := next(known, None)) is not None:
-            before.append((module, {k: v for k, v in vars(module).items() if k == "forward"}))
-            vars(module)["forward"] = MethodType(plugin("forwards", name), module)
+    swapped: list[tuple[dict[str, Any], Any]] = []
     try:
+        for module in model.modules() if declared else ():
+            known = (cls.__name__ for cls in type(module).__mro__ if cls.__name__ in declared)
+            if (name := next(known, None)) is not None:
+                own, forward = vars(module), MethodType(plugin("forwards", name), module)
+                swapped.append((own, own.get("forward")))
+                own["forward"] = forward
         yield
     finally:
-        for module, own in before:
-            del vars(module)["forward"]
-            vars(module).update(own)
+        for own, before in swapped:
+            del own["forward"]
+            if before is not None:
+                own["forward"] = before
