@@ -16,10 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +88,10 @@ def main() -> int:
     types = arguments.types or configs.all_types(arguments.family)
     end = time.monotonic() + 60 * arguments.minutes
     if not arguments.report:
-        _install_forwards()
-        _warm_up()
-        for name in arguments.step:
-            _sweep(STEPS[name], types, arguments, end)
+        with _forwards():
+            _warm_up()
+            for name in arguments.step:
+                _sweep(STEPS[name], types, arguments, end)
     digests = {step.name: step.digest() for step in STEPS.values()}
     report.write(CACHE, ROOT, digests)
     return 0
@@ -108,19 +110,21 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _install_forwards() -> None:
+@contextmanager
+def _forwards() -> Iterator[None]:
     """The plug-in of examples/: without it export cannot follow four of the classes."""
-    folder = CACHE / "plugins"
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--no-deps", "--no-index", "--no-build-isolation", "--target", folder),
-            ROOT / "examples" / "plugin_forwards",
-        ],
-        check=True,
-    )
-    sys.path.append(str(folder))
+    with tempfile.TemporaryDirectory(prefix="prunec-forwards-") as folder:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+                *("--no-deps", "--no-index", "--no-build-isolation", "--target", folder),
+                ROOT / "examples" / "plugin_forwards",
+            ],
+            check=True,
+        )
+        sys.path.append(folder)
+        yield
+        sys.path.remove(folder)
 
 
 def _warm_up() -> None:
