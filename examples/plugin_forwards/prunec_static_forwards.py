@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from transformers.models.qwen4_exp.modeling_qwen4_exp import apply_rotary_pos_emb
 
 
@@ -60,7 +61,12 @@ def blt_patcher(
     """
     if patch_size is None or threshold is None or max_patch_length is not None:
         raise NotImplementedError("patches by a threshold of entropy, and of any length, only")
-    entropies, _, logits = type(self).forward(self, input_ids, **kwargs)
+    checks = Distribution._validate_args  # which look into the logits
+    Distribution.set_default_validate_args(False)
+    try:
+        entropies, _, logits = type(self).forward(self, input_ids, **kwargs)
+    finally:
+        Distribution.set_default_validate_args(checks)
     return entropies, _patch_lengths(entropies, threshold), logits
 
 
