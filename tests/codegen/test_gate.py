@@ -28,18 +28,18 @@ def compared(written: tuple[Any, Path]) -> list[str]:
     return prepare(result.model, folder / "model", "AutoModelForCausalLM", result.example, folder)
 
 
-def test_a_class_of_one_batch_size_is_compared_at_its_own(
+def test_a_class_of_one_size_is_compared_at_that(
     written: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As models that fold several code books into the batch."""
+    """Others fold several code books into the batch."""
     result, folder = written
-    rows, length = result.example["input_ids"].shape
+    rows, length = size = result.example["input_ids"].shape
     forward = result.model.forward
 
     @functools.wraps(forward)
     def folded(input_ids: Tensor, **kwargs: Any) -> Any:
-        if len(input_ids) != rows:
-            raise RuntimeError(f"shape '[-1, {rows}]' is invalid")
+        if input_ids.shape != size:
+            raise RuntimeError(f"shape {list(input_ids.shape)} is invalid")
         return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(result.model, "forward", folded)
