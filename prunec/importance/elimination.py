@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from prunec.errors import VerifyError
-from prunec.importance.factorise import DampedGram, cholesky, damp, inverse
+from prunec.importance.factorise import cholesky
+from prunec.importance.gram import Gram, Inverse, SecondMoment, damp
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,14 @@ class Elimination:
         gram: The damped Gram matrix of all columns.
         dense: ``[columns, out]`` fp64, the weight before any elimination, transposed.
         weight: ``[n, out]`` fp64, the compensated weight of the surviving columns, transposed.
-        inverse: ``[n, n]`` fp64, inverse of the damped Gram matrix of the surviving columns.
+        inverse: of the damped Gram matrix of the surviving columns.
         columns: ``[n]`` int64, the surviving columns, sorted.
     """
 
-    gram: DampedGram
+    gram: Gram
     dense: Tensor
     weight: Tensor
-    inverse: Tensor
+    inverse: Inverse
     columns: Tensor
 
     def locate(self, columns: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Elimination:
             block, factor = state._factor(columns)
         if factor is None:
             gone = state.locate(columns)
-            factor = cholesky(state.inverse[gone[:, None], gone], name=state.gram.name)
+            factor = cholesky(block[:, gone], name=state.gram.name)
         gone = state.locate(columns)
         stay = torch.ones(len(state.columns), dtype=torch.bool, device=gone.device)
         stay[gone] = False
@@ -79,7 +80,7 @@ class Elimination:
         )
         weight_part, inverse_part = solved.split([state.weight.shape[1], len(rest)], dim=1)
         weight = state.weight[rest].addmm_(inverse_part.T, weight_part, alpha=-1)
-        kept = state.inverse[rest[:, None], rest].addmm_(inverse_part.T, inverse_part, alpha=-1)
+        kept = state.inverse.without(rest, inverse_part)
         after = Elimination(state.gram, state.dense, weight, kept, state.columns[rest])
         if after._lost_precision():
             after = after.refreshed()
@@ -92,27 +93,22 @@ class Elimination:
             The new state, and the loss that it is lower by.
         """
         gram = self.gram
-        cross = gram.gram[self.columns[:, None], columns].double()
-        block = gram.gram[columns[:, None], columns].double()
+        everything = torch.arange(len(self.dense), device=columns.device)
+        cross = gram.block(self.columns, columns)
+        block = gram.block(columns, columns)
         block.diagonal().add_(gram.added[columns])
-        solved = self.inverse @ cross
+        solved = self.inverse.apply(cross)
         factor = cholesky(block - cross.T @ solved, name=gram.name)
         # What the columns could still explain of the dense output.
-        missing = (
-            gram.gram[columns].double() @ self.dense
-            + gram.added[columns, None] * (self.dense[columns])
-        )
+        missing = gram.product(columns, everything, self.dense)
+        missing += gram.added[columns, None] * self.dense[columns]
         missing -= cross.T @ self.weight
         new = torch.cholesky_solve(missing, factor)
-        inner = torch.cholesky_inverse(factor)
-        side = -solved @ inner
-        top = torch.cat((self.inverse - side @ solved.T, side), dim=1)
-        inverse = torch.cat((top, torch.cat((side.T, inner), dim=1)))
         weight = torch.cat((self.weight - solved @ new, new))
         found, order = torch.cat((self.columns, columns)).sort()
-        restored = Elimination(
-            gram, self.dense, weight[order], inverse[order[:, None], order], found
-        )
+        inner = torch.cholesky_inverse(factor)
+        inverse = self.inverse.with_columns(solved, inner, order, found)
+        restored = Elimination(gram, self.dense, weight[order], inverse, found)
         return restored, float((missing * new).sum())
 
     def block_scores(self, columns: Tensor, score: BlockScore = "exact") -> Tensor:
@@ -134,7 +130,7 @@ class Elimination:
         if columns.shape[1] == 1:
             scale = self.inverse.diagonal()[where].masked_fill_(gone, 1.0)
             return (weight.square().sum(dim=-1) / scale).squeeze(1)
-        blocks = self.inverse[where[:, :, None], where[:, None, :]]
+        blocks = self.inverse.blocks(where)
         if gone.any():
             blocks.masked_fill_(gone[:, :, None] | gone[:, None, :], 0.0)
             blocks.diagonal(dim1=1, dim2=2).masked_fill_(gone, 1.0)
@@ -155,22 +151,22 @@ class Elimination:
 
     def _factor(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         gone = self.locate(columns)
-        rows = self.inverse[gone]
+        rows = self.inverse.rows(gone)
         factor, info = torch.linalg.cholesky_ex(rows[:, gone])
         return rows, None if int(info) else factor
 
     def _lost_precision(self) -> bool:
-        diagonal = (self.gram.gram.diagonal().double() + self.gram.added)[self.columns]
+        diagonal = self.gram.diagonal()[self.columns]
         # Written so that NaN counts as lost.
         return not bool((self.inverse.diagonal() * diagonal >= _LOST_PRECISION).all())
 
 
-def start(weight: Tensor, gram: Tensor, damping: float, *, name: str) -> Elimination:
+def start(weight: Tensor, moment: SecondMoment, damping: float, *, name: str) -> Elimination:
     """Invert the damped input Gram matrix of a site, once.
 
     Args:
         weight: ``[out, columns]``; what reads columns that are always zero counts as zero.
-        gram: ``[columns, columns]``.
+        moment: ``[columns, columns]``, or the tokens that it is of.
         damping: Times the mean diagonal, added to the diagonal.
         name: The site, for messages.
 
@@ -179,19 +175,20 @@ def start(weight: Tensor, gram: Tensor, damping: float, *, name: str) -> Elimina
     """
     if not bool(weight.isfinite().all()):
         raise VerifyError("the weight is not finite", where=name, fix="check the checkpoint")
-    damped = damp(gram, damping, name=name)
-    dense = weight.detach().to(gram.device, torch.float64).T.contiguous()
-    dense = dense.masked_fill(damped.dead[:, None], 0.0)
-    inverted, damped = inverse(damped)
-    return Elimination(damped, dense, dense, inverted, torch.arange(len(gram), device=gram.device))
+    damped = damp(moment, damping, name=name)
+    device = damped.added.device
+    dense = weight.detach().to(device, torch.float64).T.contiguous()
+    if bool(damped.dead.any()):
+        dense = dense.masked_fill(damped.dead[:, None], 0.0)
+    inverted, damped = damped.inverted()
+    return Elimination(damped, dense, dense, inverted, torch.arange(len(dense), device=device))
 
 
-def _solve(gram: DampedGram, dense: Tensor, columns: Tensor) -> Elimination:
+def _solve(gram: Gram, dense: Tensor, columns: Tensor) -> Elimination:
     """The state after the elimination of all but `columns`, in closed form."""
-    factor = cholesky(gram.matrix(columns), name=gram.name)
     gone = torch.ones(len(dense), dtype=torch.bool, device=dense.device)
     gone[columns] = False
     lost = gone.nonzero()[:, 0]
-    cross = gram.gram[columns[:, None], lost].double() @ dense[lost]
-    weight = dense[columns] + torch.cholesky_solve(cross, factor)
-    return Elimination(gram, dense, weight, torch.cholesky_inverse(factor), columns)
+    cross = gram.product(columns, lost, dense[lost])
+    weight = dense[columns] + gram.solve(columns, cross)
+    return Elimination(gram, dense, weight, gram.inverse(columns), columns)

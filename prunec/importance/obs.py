@@ -19,6 +19,7 @@ from prunec.importance.curves import (
     greedy_curve,
 )
 from prunec.importance.elimination import BlockScore, Elimination, start
+from prunec.importance.gram import second_moment
 from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
 from prunec.importance.scores import to_array
 from prunec.importance.swap import only_group, removed_columns, steps_to, swap_search
@@ -60,6 +61,7 @@ class Obs:
     swap: bool = False
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_gram"})
+    takes_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.score in get_args(BlockScore), f"score {self.score!r}", get_args(BlockScore))
@@ -82,7 +84,7 @@ class Obs:
         Raises:
             VerifyError: the Gram matrix or the weight is not finite.
         """
-        state = start(problem.weight, statistics["input_gram"], self.damping, name=problem.name)
+        state = start(problem.weight, second_moment(statistics), self.damping, name=problem.name)
         if len(problem.unit_sets) == 1 and problem.unit_sets[0].rows == 1:
             curve = self._batched(problem, state, limit)
         else:

@@ -7,6 +7,7 @@ in fp64 whatever the dtype of the activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
@@ -94,14 +95,18 @@ class _Collector:
             fix="run the model in a wider dtype (--dtype float32), or drop that text",
         )
 
-    def per_token(self, total: Tensor | None) -> Tensor:
-        if total is None or self.tokens <= 0:
+    def known(self, found: Tensor | None) -> Tensor:
+        """What was collected; raises where no token was."""
+        if found is None or self.tokens <= 0:
             raise VerifyError(
                 "no calibration token reached a site",
                 where=self.site,
                 fix="give more calibration text, or look at the token mask",
             )
-        return total / self.tokens
+        return found
+
+    def per_token(self, total: Tensor | None) -> Tensor:
+        return self.known(total) / self.tokens
 
 
 class InputGram(_Collector):
@@ -132,10 +137,36 @@ class InputGram(_Collector):
         self._total = self._summed(self._total, total)
 
     def finish(self) -> Tensor:
-        gram = self.per_token(self._total)
+        gram = self.known(self._total).div_(self.tokens)
         self._total = None
-        # Blocks on the diagonal are full, so mirror only what lies above it.
-        return gram.triu_().add_(gram.triu(1).T)
+        # Blocks on the diagonal are full; the rest of the lower half is mirrored in strips.
+        for first in range(0, len(gram), _STRIP_COLUMNS):
+            end = first + _STRIP_COLUMNS
+            strip = gram[first:end, first:end]
+            strip.copy_(strip.triu() + strip.triu(1).T)
+            gram[end:, first:end] = gram[first:end, end:].T
+        return gram
+
+
+class InputTokens(_Collector):
+    """The tokens themselves, ``[tokens, columns]``, scaled so that their Gram matrix is the mean.
+
+    For sites with far more columns than tokens: see prunec.importance.gram.
+    """
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self._blocks: list[Tensor] = []
+
+    def add(self, x: Tensor, weight: Tensor | None) -> None:
+        self.check(x.sum(dim=0, dtype=torch.float64))
+        scaled = x if weight is None else x * weight.sqrt().to(x.dtype)[:, None]
+        self._blocks.append(scaled.clone())
+
+    def finish(self) -> Tensor:
+        rows = self.known(torch.cat(self._blocks).double() if self._blocks else None)
+        self._blocks.clear()
+        return rows.div_(math.sqrt(self.tokens))
 
 
 class InputMean(_Collector):
@@ -220,6 +251,7 @@ STATISTICS: Mapping[str, Callable[[str], Collector]] = {
     "input_gram": InputGram,
     "input_mean": InputMean,
     "input_square": InputSquare,
+    "input_tokens": InputTokens,
     "input_var": InputVariance,
 }
 

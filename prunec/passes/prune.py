@@ -16,6 +16,7 @@ from prunec.graph.memory import release_freed, settled_heap
 from prunec.graph.selection import BoolArray, Keep, Selection
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.importance.gram import energy, second_moment
 from prunec.importance.problem import SiteProblem
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
 from prunec.passes.compensation.closed_form import Compensation
@@ -174,6 +175,11 @@ class _Worker:
             names - set(GRADIENT_STATISTICS),
             regression=regression,
             dense=dense,
+            tokens=all(
+                getattr(part, "takes_tokens", False)
+                for part in (self._criterion, self._compensation)
+                if "input_gram" in part.statistics
+            ),
         )
 
     def release(self) -> None:
@@ -225,10 +231,10 @@ class _Worker:
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
         kept = curve.keep(problem, steps)
-        energy = _energy(problem.weight, statistics)
-        error = None if energy is None else loss / energy if energy > 0 else 0.0
+        whole = _energy(problem.weight, statistics)
+        error = None if whole is None else loss / whole if whole > 0 else 0.0
         updated = self._mend(site, problem, statistics, kept) if steps else {}
-        points = _points(curve, energy) if energy else ()
+        points = _points(curve, whole) if whole else ()
         return Decision(removed, self._budget.spent, error, kept, updated, points)
 
     def _curve(self, site: Site, problem: SiteProblem, statistics: Statistics) -> RemovalCurve:
@@ -275,11 +281,9 @@ class _Worker:
 
 def _energy(weight: Tensor, statistics: Statistics) -> float | None:
     """The energy ``tr(W C W^T)`` of the site's dense output, where the statistics tell."""
-    gram = statistics.get("input_gram")
-    if gram is None:
+    if statistics.keys().isdisjoint({"input_gram", "input_tokens"}):
         return None
-    dense = weight.to(gram.dtype)
-    return float(((dense @ gram) * dense).sum())
+    return energy(weight, second_moment(statistics))
 
 
 def _points(curve: RemovalCurve, energy: float) -> tuple[tuple[int, float], ...]:

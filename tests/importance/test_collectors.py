@@ -16,6 +16,7 @@ def reference(name: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         "input_gram": lambda: (x * weight[:, None]).T @ x / weight.sum(),
         "input_mean": lambda: mean,
         "input_square": lambda: np.average(x**2, axis=0, weights=weight),
+        "input_tokens": lambda: (x * np.sqrt(weight / weight.sum())[:, None])[weight > 0],
         "input_var": lambda: np.average((x - mean) ** 2, axis=0, weights=weight),
     }[name]()
 

@@ -238,7 +238,8 @@ def test_restoring_columns_undoes_their_elimination() -> None:
     assert gain == pytest.approx(float(losses.sum()), rel=1e-9)
     assert back.columns.tolist() == middle.columns.tolist()
     torch.testing.assert_close(back.weight, middle.weight)
-    torch.testing.assert_close(back.inverse, middle.inverse)
+    every = torch.arange(len(back.columns))
+    torch.testing.assert_close(back.inverse.rows(every), middle.inverse.rows(every))
 
 
 @pytest.mark.parametrize("width", [1, 2])

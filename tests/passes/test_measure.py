@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import prunec
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.importance.magnitude import Magnitude
-from prunec.importance.statistics import statistic_of
+from prunec.importance.obs import Obs
+from prunec.importance.statistics import collector, statistic_of
 from prunec.passes.compensation.closed_form import NoCompensation
 from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import Weights
+from prunec.passes.statistics import measure
 from prunec.passes.statistics.dense import dense_sites, loss_shares, score_groups
 from prunec.registry import plugin
 
@@ -104,3 +108,36 @@ def test_every_group_is_scored_down_to_its_minimum(name: str) -> None:
         stay = int(group.scores.shape[0]) * whole.minimum
         assert int(group.scores.size - (group.scores == group.scores).sum()) == stay
         assert float(group.scores[group.scores == group.scores].sum()) == pytest.approx(group.loss)
+
+
+def test_a_wide_site_is_pruned_on_its_tokens_as_on_its_gram(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 channels and 21 tokens: no matrix of 64 x 64, and the same result."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 64), nn.Linear(64, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    model, batches = Wide().eval(), [{"x": torch.randn(7, 6)} for _ in range(3)]
+    taken: list[str] = []
+    monkeypatch.setattr(
+        measure,
+        "collector",
+        lambda name, *, site: (taken.append(name), collector(name, site=site))[1],
+    )
+    few = prunec.prune(model, ratio=0.4, calibration=batches)
+    monkeypatch.setattr(Obs, "takes_tokens", False)
+    full = prunec.prune(model, ratio=0.4, calibration=batches)
+    assert taken == ["input_tokens", "input_gram"]
+    assert few.plan.to_json() == full.plan.to_json()
+    for name, tensor in full.program.state.items():
+        torch.testing.assert_close(few.program.state[name], tensor, rtol=1e-5, atol=1e-6)
+    ours, theirs = few.report.sites[0], full.report.sites[0]
+    assert ours.error == pytest.approx(theirs.error, rel=1e-4)
+    np.testing.assert_allclose(ours.curve, theirs.curve, rtol=1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
-from prunec.importance.factorise import cholesky, damp
+from prunec.importance.gram import SecondMoment, Tokens, damp, second_moment
 from prunec.passes.compensation.regression import Regression
 
 CONSTANT = 1e-12
@@ -133,6 +133,7 @@ class ObsCompensation:
     damping: float = 0.01
 
     statistics: ClassVar[frozenset[str]] = frozenset({"input_gram"})
+    takes_tokens: ClassVar[bool] = True
     bias: ClassVar[bool] = False
     regression: ClassVar[Regression | None] = None
 
@@ -154,9 +155,10 @@ class ObsCompensation:
         Raises:
             VerifyError: NaN or Inf in the Gram matrix.
         """
-        gram = statistics["input_gram"]
-        dense = weight.detach().to(gram.device, torch.float64)
-        moved = onto_the_others(dense, gram, keep.to(gram.device), self.damping, name)
+        moment = second_moment(statistics)
+        device = (moment.rows if isinstance(moment, Tokens) else moment).device
+        dense = weight.detach().to(device, torch.float64)
+        moved = onto_the_others(dense, moment, keep.to(device), self.damping, name)
         return Mended(moved.to(weight.device, weight.dtype))
 
 
@@ -211,14 +213,16 @@ class ScaleBiasCompensation:
         return Mended(mended, mean - scale * mean_kept if self.bias and bias else None)
 
 
-def onto_the_others(dense: Tensor, gram: Tensor, keep: Tensor, damping: float, name: str) -> Tensor:
+def onto_the_others(
+    dense: Tensor, moment: SecondMoment, keep: Tensor, damping: float, name: str
+) -> Tensor:
     """``W_S + W_P C_PS (C_SS + lambda I)^-1``: the kept columns make up for the removed ones."""
-    lost = dense[:, ~keep] @ gram[~keep][:, keep].double()
-    return dense[:, keep] + ridge(lost, gram, keep, damping, name)
+    gram = damp(moment, damping, name=name)
+    kept, lost = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
+    missing = gram.product(kept, lost, dense[:, lost].T)
+    return dense[:, kept] + gram.solve(kept, missing).T
 
 
 def ridge(right: Tensor, gram: Tensor, keep: Tensor, damping: float, name: str) -> Tensor:
     """``R (C_SS + lambda I)^-1``, lambda being `damping` times the mean diagonal of C."""
-    damped = damp(gram, damping, name=name)
-    factor = cholesky(damped.matrix(keep.nonzero()[:, 0]), name=name)
-    return torch.cholesky_solve(right.T, factor).T
+    return damp(gram, damping, name=name).solve(keep.nonzero()[:, 0], right.T).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,6 +15,8 @@ from prunec.importance.statistics import Collector, collector, producer_statisti
 from prunec.passes.compensation.regression import Moments, Regression
 from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
+
+_FEW_TOKENS = 3  # times fewer than columns: then eliminating columns in token space is faster
 
 Statistics = Mapping[str, Tensor]
 """One tensor per name that a criterion or a compensation declares; of a producer or a gradient,
@@ -58,6 +61,8 @@ class Measurement:
     Args:
         regression: the moments of input and target that are taken too, if any.
         dense: the dense program's stream, for a regression that needs it.
+        tokens: whether "input_gram" may be "input_tokens" at a site of many more columns than
+            tokens; every reader of these statistics must take both.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class Measurement:
         *,
         regression: Regression | None = None,
         dense: Stream | None = None,
+        tokens: bool = False,
     ):
         self.stream = stream
+        self._tokens = tokens and processes().size == 1  # only sums add up over processes
         self._dense = dense
         self._moments = {
             site.name: Moments(regression, site, stream, dense) for site in sites if regression
@@ -125,7 +132,8 @@ class Measurement:
     ) -> list[_Stop]:
         of_producers = producer_statistics(names)
         own = {
-            name: collector(name, site=site.name) for name in sorted(set(names) - set(of_producers))
+            name: collector(name, site=site.name)
+            for name in sorted(self._forms(site, set(names) - set(of_producers)))
         }
         known: dict[str, Collector] = dict(own)
         moments = self._moments.get(site.name)
@@ -152,6 +160,16 @@ class Measurement:
             for node, operand, collectors, pair in watched
             if collectors or pair
         ]
+
+    def _forms(self, site: Site, names: set[str]) -> set[str]:
+        """The names with "input_tokens" for "input_gram" where that takes far less."""
+        if not self._tokens or "input_gram" not in names:
+            return names
+        shapes = [operand.meta["val"].shape for operand in site.operands]
+        tokens = self.stream.batches * sum(math.prod(shape[:-1]) for shape in shapes)
+        if tokens * _FEW_TOKENS > shapes[0][-1]:
+            return names
+        return names - {"input_gram"} | {"input_tokens"}
 
     def _advance(self) -> None:
         """To the next call that is watched."""
