@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-# One process of a run: argv is the recipe, the folder to write to, and the rank that dies or -1.
+# One process of some runs: argv is how they are made by name, as JSON, the folder to write to, and
+# the rank that dies or -1.
 WORKER = """
 import json, os, sys
 from contextlib import contextmanager
@@ -41,19 +44,27 @@ class Progress:
 
 try:
     with launched() as together:
-        result = prunec.prune(
-            module(), recipe=sys.argv[1], ratio=0.3, calibration=vectors() * 2, progress=Progress()
-        )
+        for name, how in json.loads(sys.argv[1]).items():
+            result = prunec.prune(
+                module(),
+                ratio=0.3,
+                calibration=vectors() * 2,
+                loss=lambda model, inputs: model(**inputs).square().mean(),
+                progress=Progress(),
+                **how,
+            )
+            path = os.path.join(sys.argv[2], f"{name} {together.size}-{together.rank}")
+            save_file(dict(result.program.state), path + ".safetensors")
+            with open(path + ".json", "w") as file:
+                json.dump(result.plan.to_json(), file)
 except PrunecError as error:
     sys.exit(f"{type(error).__name__}: {error}")
-name = os.path.join(sys.argv[2], f"{together.size}-{together.rank}")
-save_file(dict(result.program.state), name + ".safetensors")
-with open(name + ".json", "w") as file:
-    json.dump(result.plan.to_json(), file)
 """
 
 
-def start(folder: Path, recipe: str, size: int, dies: int = -1) -> list[subprocess.Popen[str]]:
+def start(
+    folder: Path, runs: Mapping[str, object], size: int, dies: int = -1
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +72,7 @@ def start(folder: Path, recipe: str, size: int, dies: int = -1) -> list[subproce
     here = {"TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, recipe, str(folder), str(dies)],
+            [sys.executable, "-c", WORKER, json.dumps(runs), str(folder), str(dies)],
             env={**os.environ, **common, **here, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -70,22 +81,46 @@ def start(folder: Path, recipe: str, size: int, dies: int = -1) -> list[subproce
     ]
 
 
-def test_two_processes_make_the_plan_of_one(tmp_path: Path) -> None:
-    for recipe in ("slimgpt",):
-        for running in [*start(tmp_path, recipe, 1), *start(tmp_path, recipe, 2)]:
-            assert running.wait(300) == 0, running.stderr and running.stderr.read()
-            assert running.stderr is not None
-            running.stderr.close()
-    alone, *both = (load_file(tmp_path / f"{n}.safetensors") for n in ("1-0", "2-0", "2-1"))
-    plans = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1-0", "2-0", "2-1")]
+WAYS: dict[str, dict[str, object]] = {
+    "inputs": {"recipe": "slimgpt"},
+    "gradients": {"recipe": "llm-pruner"},
+    "gradients by sample": {"recipe": "llm-pruner", "settings": {"importance": "fisher"}},
+    "survey": {"recipe": "flap", "settings": {"compensation": "none"}},
+    "similarities": {"recipe": "slimgpt", "settings": {"allocation": "similarity-softmax"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and what two have written, of every way to prune."""
+    folder = tmp_path_factory.mktemp("runs")
+    running = []
+    for size in (1, 2):
+        saved = {"recipe": "slimgpt", "scores": str(folder / f"scores-{size}")}
+        running += start(folder, {**WAYS, "scores": saved}, size)
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    return folder
+
+
+@pytest.mark.parametrize("way", [*WAYS, "scores"])
+def test_two_processes_make_the_plan_of_one(folder: Path, way: str) -> None:
+    names = [f"{way} {n}" for n in ("1-0", "2-0", "2-1")]
+    alone, *both = (load_file(folder / f"{name}.safetensors") for name in names)
+    plans = [json.loads((folder / f"{name}.json").read_text()) for name in names]
     assert plans[0] == plans[1] == plans[2]
     for name, tensor in alone.items():
         assert torch.allclose(both[0][name], tensor, rtol=1e-5, atol=1e-5), name
         assert torch.equal(both[0][name], both[1][name]), name
 
 
+def test_two_processes_save_the_same_scores(folder: Path) -> None:
+    alone, both = (sorted((folder / f"scores-{size}").iterdir()) for size in (1, 2))
+    assert [path.name for path in alone] == [path.name for path in both]
+
+
 def test_a_process_that_dies_ends_the_other_with_an_error(tmp_path: Path) -> None:
-    first, second = start(tmp_path, "slimgpt", 2, dies=1)
+    first, second = start(tmp_path, {"inputs": WAYS["inputs"]}, 2, dies=1)
     assert second.wait(300) == 9
     died = time.monotonic()
     _, said = first.communicate(timeout=60)

@@ -8,6 +8,7 @@ for the gradient itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,6 +45,25 @@ GRADIENT_STATISTICS = (*_WHOLE, _MASK, *_ELEMENTS)
 """
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which of the samples of all processes these are.
+
+    Attributes:
+        places: of these samples, in order, among all.
+        count: of all; by default there are no others.
+        total: the sum of a tensor over the processes.
+    """
+
+    places: range
+    count: int = 0
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def samples(self) -> int:
+        return self.count or len(self.places)
+
+
 def gradient_statistics(
     loss: Program,
     samples: Sequence[Mapping[str, Tensor]],
@@ -52,6 +72,7 @@ def gradient_statistics(
     *,
     weight: Callable[[str], Tensor] | None = None,
     device: torch.device | str = "cpu",
+    part: Part | None = None,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Take statistics of the gradients of a loss, in fp32 or better whatever the model's dtype.
@@ -65,6 +86,7 @@ def gradient_statistics(
         names: of GRADIENT_STATISTICS.
         axes: the members to take them of.
         weight: a tensor of the program by name; by default its own state.
+        part: where these are not all samples; by default they are.
 
     Returns:
         By :func:`statistic_of`. A parameter that the loss does not depend on has zeros.
@@ -82,7 +104,7 @@ def gradient_statistics(
     def widened(name: str) -> Tensor:
         return as_float(read(name), wide)
 
-    reduction = _Reduction(widened, by_parameter, names, len(samples))
+    reduction = _Reduction(widened, by_parameter, names, part or Part(range(len(samples))))
     differentiate(
         retarget_calls(loss, wide),
         [{name: as_float(value, wide) for name, value in sample.items()} for sample in samples],
@@ -111,12 +133,12 @@ class _Reduction:
         weight: Callable[[str], Tensor],
         axes: Mapping[str, Sequence[int]],
         names: Collection[str],
-        samples: int,
+        part: Part,
     ):
         self._weight = weight
         self._axes = axes
         self._names = sorted(names)
-        self._samples = samples
+        self._part = part
         self._sum: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, int], list[Tensor]] = {}
@@ -135,8 +157,8 @@ class _Reduction:
 
     def finish(self, parameter: str) -> None:
         weight = self._weight(parameter)
-        mean = self._sum.pop(parameter, torch.zeros_like(weight)) / self._samples
-        squares = self._squares.pop(parameter, torch.zeros_like(mean)) / self._samples
+        mean = self._mean(self._sum, parameter, weight)
+        squares = self._mean(self._squares, parameter, mean)
         weight = weight.to(mean.device)
         self.finished.add(parameter)
         for name in self._names:
@@ -149,9 +171,21 @@ class _Reduction:
                 if element is not None:
                     reduced = _sum_at(element, axis).cpu()
                 else:
-                    none = torch.zeros(weight.shape[axis], dtype=torch.float64)
-                    reduced = torch.stack(self._masks.pop((parameter, axis), [none]))
+                    reduced = self._by_sample(self._masks.pop((parameter, axis), []), weight, axis)
                 self.results[statistic_of(name, parameter, axis)] = reduced
+
+    def _mean(self, sums: dict[str, Tensor], parameter: str, like: Tensor) -> Tensor:
+        """Over the samples of all processes; zeros where nothing was summed up."""
+        found = sums.pop(parameter, None)
+        found = torch.zeros_like(like) if found is None else found
+        return self._part.total(found) / self._part.samples
+
+    def _by_sample(self, dots: Sequence[Tensor], weight: Tensor, axis: int) -> Tensor:
+        """``[samples, positions]`` of all processes; zeros where there is no gradient."""
+        rows = torch.zeros(self._part.samples, weight.shape[axis], dtype=torch.float64)
+        for place, row in zip(self._part.places, dots, strict=False):
+            rows[place] = row
+        return self._part.total(rows)
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:

@@ -12,6 +12,7 @@ from prunec.errors import PlanError
 from prunec.graph.residual import passages
 from prunec.importance.curves import RemovalCurve
 from prunec.passes.allocation.trials import DenseTrials, split
+from prunec.passes.distributed import processes
 from prunec.passes.setup import Setup
 from prunec.passes.statistics.dense import dense_sites
 
@@ -50,7 +51,7 @@ class DenseSurvey:
             )
         position = {node: i for i, node in enumerate(self._setup.coupling.program.graph.nodes)}
         ends = {node for passage in along.values() for node in (passage.enters, passage.leaves)}
-        stream = self._setup.weights.stream(self._setup.batches)
+        stream = self._setup.weights.stream(processes().share(self._setup.batches))
         open_inputs: dict[str, list[Tensor]] = {block: [] for block in along}
         sums = dict.fromkeys(along, 0.0)
         tokens = dict.fromkeys(along, 0)
@@ -77,7 +78,9 @@ class DenseSurvey:
                     if passage.leaves is value:
                         open_inputs[block].clear()
                 task.advance()
-        return {block: sums[block] / max(tokens[block], 1) for block in along}
+        counted = torch.tensor([[sums[b], tokens[b]] for b in along], dtype=torch.float64)
+        total, count = processes().total(counted).T
+        return dict(zip(along, (total / count.clamp_min(1)).tolist(), strict=True))
 
     def trials(
         self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0

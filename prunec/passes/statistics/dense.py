@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from prunec.graph.interpreter import Stream
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import FloatArray, SiteProblem, UnitSet
 from prunec.passes.compensation.regression import Regression
+from prunec.passes.distributed import processes
 from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.statistics.measure import Measurement, Statistics
@@ -22,6 +22,8 @@ def dense_sites(
     setup: Setup, names: Collection[str], *, regression: Regression | None = None
 ) -> Iterator[tuple[Site, SiteProblem, Statistics]]:
     """Each site of the dense model with its statistics, one at a time.
+
+    Each of several processes streams its share of the batches.
 
     Args:
         names: the statistics to take; where all are in the prior, the batches are not read.
@@ -47,11 +49,10 @@ def _measurement(
     if not setup.sites or not (names or regression):
         return None
 
-    def stream() -> Stream:
-        return setup.weights.stream(setup.batches)
-
-    dense = stream() if regression is not None and regression.needs_dense else None
-    return Measurement(stream(), setup.sites, names, regression=regression, dense=dense)
+    batches = processes().share(setup.batches)
+    stream = setup.weights.stream(batches)
+    dense = setup.weights.stream(batches) if regression and regression.needs_dense else None
+    return Measurement(stream, setup.sites, names, regression=regression, dense=dense)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from prunec.events import Progress, silent
 from prunec.graph.trace import Loss, trace_loss
-from prunec.importance.gradients import GRADIENT_STATISTICS, gradient_statistics
+from prunec.importance.gradients import GRADIENT_STATISTICS, Part, gradient_statistics
 from prunec.models.loss import loss_samples, own_loss
+from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
 
 
@@ -28,7 +29,8 @@ def prior_statistics(
     """The gradient statistics among ``names`` of every member of the sites' groups.
 
     Args:
-        batches: inputs by name; an index of their first axis is a sample.
+        batches: inputs by name; an index of their first axis is a sample. Each of several processes
+            differentiates its share of them.
         loss: ``loss(model, inputs)``, a scalar for one sample; by default the model's own, with
             the inputs' ``labels``, or their tokens where there are none.
         weights: gives the tensors of a model on meta by name.
@@ -41,7 +43,7 @@ def prior_statistics(
     wanted = set(names) & set(GRADIENT_STATISTICS)
     if not wanted:
         return {}
-    samples = loss_samples(model, batches, labels=loss is None)
+    samples, together = loss_samples(model, batches, labels=loss is None), processes()
     with progress.task("trace the loss"):
         program = trace_loss(model, loss or own_loss, samples[0])
     axes = dict.fromkeys(
@@ -57,10 +59,11 @@ def prior_statistics(
 
     return gradient_statistics(
         program,
-        samples,
+        together.share(samples),
         wanted,
         axes,
         weight=weight,
         device=device or program.state[next(iter(program.parameters))].device,
+        part=Part(range(together.rank, len(samples), together.size), len(samples), together.total),
         progress=progress,
     )

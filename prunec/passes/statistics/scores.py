@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
 from prunec.models.digest import state_digest
 from prunec.passes.compensation.closed_form import Compensation
+from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
 from prunec.passes.statistics.measure import Statistics
 
@@ -186,7 +188,8 @@ class Shelf:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self.saved = _open_scores(directory) if directory.exists() else None
+        there = processes().agreed(directory.exists)
+        self.saved = _open_scores(directory) if there else None
         if self.saved is None:
             _check_place(directory)
 
@@ -209,7 +212,12 @@ class Shelf:
             VerifyError: NaN or Inf at a site.
         """
         if self.saved is None:
-            self._save(origin, calibration, measured, criterion, example)
+            together = processes()
+            if together.first:
+                self._save(origin, calibration, measured, criterion, example)
+            else:
+                deque(measured, maxlen=0)  # sums over all processes need this one's part
+            together.agreed(lambda: None)  # by then they are written
             self.saved = _open_scores(self._directory)
         return self.saved
 
