@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_out_of_core import module, vectors
 from tiny_model import write_tiny_llama
 
 from prunec.errors import PrunecError
+from prunec.events import silent
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.models import open_model
 from prunec.models.checkpoint import check_weights, safetensors_names
+from prunec.models.dequantise import dequantised
 from prunec.models.quiet import quiet
 from prunec.passes.checkpoint import Decision, Journal, opened_journal
 from prunec.passes.plan import Plan
@@ -102,6 +105,7 @@ COUNTS = {
     "progress": (20, 500),
     "config": (15, 300),
     "gguf": (10, 300),
+    "quantised": (40, 500),
 }
 
 
@@ -194,6 +198,22 @@ def _gguf(folder: Path) -> Case:
     return file, lambda: open_model(str(file))
 
 
+def _quantised(folder: Path) -> Case:
+    """A config that says how one packed weight is to be read."""
+    parts = {
+        "layer.qweight": torch.randint(-(2**31), 2**31 - 1, (4, 8), dtype=torch.int32),
+        "layer.qzeros": torch.randint(0, 2**31 - 1, (2, 1), dtype=torch.int32),
+        "layer.scales": torch.ones(2, 8, dtype=torch.float16),
+        "norm.weight": torch.ones(8),
+    }
+    save_file(parts, folder / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq"}
+    config = {"model_type": "llama", "dtype": "float16", "quantization_config": settings}
+    file = folder / "config.json"
+    file.write_text(json.dumps(config))
+    return file, lambda: dequantised(folder, silent)
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     "header": _header,
     "index": _index,
@@ -202,4 +222,5 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "progress": _progress,
     "config": _config,
     "gguf": _gguf,
+    "quantised": _quantised,
 }

@@ -35,6 +35,7 @@ def open_source(
     device: str = "cpu",
     trust_remote_code: bool = False,
     out_of_core: bool | None = False,
+    dequantise: bool = False,
 ) -> Source:
     """The MODEL that the user named; the demo model is downloaded where it is not installed."""
     import prunec
@@ -51,6 +52,7 @@ def open_source(
             weights=weights,
             trust_remote_code=trust_remote_code,
             out_of_core=out_of_core,
+            dequantise=dequantise,
             load_pruned=prunec.load,
             progress=progress,
         )

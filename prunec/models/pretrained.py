@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from prunec.errors import ModelError
 from prunec.events import Progress
 from prunec.models.checkpoint import check_weights, read_json
+from prunec.models.packed import FORMATS, quantisation
 from prunec.models.quiet import quiet
 from prunec.models.store import Store, tensor_shapes
 
@@ -184,15 +185,12 @@ def _refuse_quantised(config: PreTrainedConfig, path: Path) -> None:
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
         return
-    values = settings if isinstance(settings, dict) else vars(settings)
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
-    if method == "bitsandbytes":
-        method += " 4-bit" if values.get("load_in_4bit") else " 8-bit"
+    method = quantisation(settings if isinstance(settings, dict) else vars(settings))
     raise ModelError(
         f"the checkpoint's weights are quantised ({method}), which prunec does not cut",
         where=str(path),
-        fix="prune the checkpoint that it was made from and quantise the result; or dequantise it:"
-        " load it with transformers, call model.dequantize() and save_pretrained",
+        fix="prune the checkpoint that it was made from and quantise the result"
+        + (", or add --dequantise (dequantise=True)" if method in FORMATS else ""),
     )
 
 

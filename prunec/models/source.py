@@ -15,6 +15,7 @@ from prunec.errors import ModelError
 from prunec.events import Progress, silent
 from prunec.models import factory, gguf, hub
 from prunec.models.checkpoint import PICKLES, check_weights, pickled, read_json
+from prunec.models.dequantise import dequantised
 from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
 from prunec.models.pretrained import (
@@ -63,6 +64,7 @@ def open_model(
     weights: Weights = "load",
     trust_remote_code: bool = False,
     out_of_core: bool | None = False,
+    dequantise: bool = False,
     load_pruned: Callable[[Path], nn.Module] | None = None,
     progress: Progress = silent,
 ) -> Source:
@@ -75,7 +77,8 @@ def open_model(
     module is taken as it comes, cast to `dtype`. `load_pruned` opens directories that prunec wrote
     (prunec.codegen passes itself in: this room is below it). `out_of_core` leaves the weights of a
     transformers checkpoint in its files (see `Source`); None does so where they would take more
-    than a third of the free memory, which pruning them in memory needs.
+    than a third of the free memory, which pruning them in memory needs. `dequantise` converts a
+    quantised checkpoint first (see prunec.models.dequantise).
 
     Raises:
         ModelError: the model cannot be opened; the message says why and what to do.
@@ -86,6 +89,7 @@ def open_model(
     tokenizer: Any | None = None
     stored: Mapping[str, Tensor] | None = None
     if isinstance(path := _locate(spec, opening), Path):
+        path = dequantised(path, progress) if dequantise else path
         if _stays_stored(path, opening, out_of_core):
             model, stored = open_stored(path, opening)
         else:
