@@ -68,6 +68,7 @@ def prune(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     scores: str | Path | None = None,
+    activations: str = "auto",
     progress: Progress = silent,
 ) -> Result:
     """Remove a part of a model's repeated blocks and mend what is left.
@@ -94,6 +95,9 @@ def prune(
         scores: a directory for what is measured of the dense model. The first run writes it,
             later ones, at any target, read it and no data. Runs with scores are one-shot: sites
             are ranked and mended from the dense model's inputs, not from the pruned prefix's.
+        activations: where those of all batches wait between two sites: "memory", "disk" (in
+            `checkpoint`, else where temporary files are), or "auto", which is disk where they would
+            take a quarter of the free memory.
 
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
@@ -118,13 +122,16 @@ def prune(
         weights=weights,
         device=device,
         shelf=None if scores is None else Shelf(Path(scores)),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        resume=resume,
+        activations=activations,
         progress=progress,
     )
     if HIDDEN in run.recipe.units:
         return narrow(run)
     if not DEPTH_KINDS.isdisjoint(run.recipe.units):
         return shorten(run)
-    return thin(run, checkpoint, resume=resume)
+    return thin(run)
 
 
 def apply_plan(

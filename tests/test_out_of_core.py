@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from tiny_model import VOCABULARY, tiny_llama, write_tiny_llama
 from torch import Tensor
 
 import prunec
-from prunec.errors import CheckpointError, ModelError
+from prunec.errors import CheckpointError, ModelError, PlanError
 from prunec.events import Task, silent
+from prunec.graph import waiting
 from prunec.models import open_model
 from prunec.models.quiet import quiet
 
@@ -48,6 +51,68 @@ def test_out_of_core_writes_the_same_bytes(tmp_path: Path) -> None:
             )
             result.save(tmp_path / name)
     assert contents(tmp_path / "loaded") == contents(tmp_path / "stored")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"recipe": "short-gpt", "ratio": 0.5},
+        {"recipe": "llm-pruner", "ratio": 0.2, "settings": {"mode": "channel"}},
+    ],
+)
+def test_runs_that_load_a_stored_model_first(tmp_path: Path, how: dict[str, Any]) -> None:
+    source, found = write_tiny_llama(tmp_path / "model"), []
+    for out_of_core in (False, True):
+        with quiet():
+            opened = open_model(str(source), out_of_core=out_of_core)
+            place = "cpu" if out_of_core else None
+            result = prunec.prune(
+                opened.model, calibration=batches(), weights=opened.weights, device=place, **how
+            )
+        found.append(result.model.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"scores": "scores"}, "scores"),
+        ({"resume": True}, "a checkpoint to resume from"),
+        ({"activations": "disk"}, "a place for activations"),
+        ({"settings": {"constraints.protect": ["0"]}}, "the constraint protect"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["layer", "channel"])
+def test_what_would_be_without_effect_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, option: dict[str, Any], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"mode": mode, **option.get("settings", {})}
+    given = {**option, "settings": settings, "calibration": batches()}
+    with pytest.raises(PlanError, match=f"has no use for {named}"):
+        prunec.prune(tiny_llama(), recipe="llm-pruner", ratio=0.4, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_on_disk_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = states(tmp_path / "memory", activations="memory")
+    monkeypatch.setattr(waiting, "_SMALL_BYTES", 1)
+    written: list[Path] = []
+    keep = waiting.Filed.__init__
+
+    def noted(self: waiting.Filed, tensor: Tensor, folder: Path, owner: object) -> None:
+        keep(self, tensor, folder, owner)
+        written.append(folder)
+
+    monkeypatch.setattr(waiting.Filed, "__init__", noted)
+    found = states(tmp_path / "disk", activations="disk")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {path.parent for path in written} == {tmp_path / "disk"}
+    gc.collect()
+    assert not list((tmp_path / "disk").glob("prunec-values-*"))
 
 
 def test_a_model_on_meta_without_weights_is_refused() -> None:

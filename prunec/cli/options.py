@@ -34,6 +34,20 @@ OutOfCore = Annotated[
         "[default: out of core if they take over a third of the free memory]",
     ),
 ]
+Dequantise = Annotated[
+    bool,
+    typer.Option(
+        "--dequantise", help="Of a GPTQ, AWQ, bitsandbytes or FP8 checkpoint: unpack it first."
+    ),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        metavar="PLACE",
+        help="Where they wait between two sites: memory, disk, or auto: disk where they would take "
+        "a quarter of the free memory.",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, auto.")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Calibration = Annotated[

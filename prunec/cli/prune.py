@@ -139,6 +139,8 @@ def prune(
     json: options.Json = None,
     random_weights: options.RandomWeights = False,
     out_of_core: options.OutOfCore = None,
+    activations: options.Activations = "auto",
+    dequantise: options.Dequantise = False,
     device: options.Device = "cpu",
     dtype: options.DType = "float32",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -188,6 +190,7 @@ def prune(
         device=device,
         trust_remote_code=trust_remote_code,
         out_of_core=out_of_core,
+        dequantise=dequantise,
     )
     # A latency is of the calibration's shape, which is not known yet.
     if method and (dry_run or aim.kind != "latency"):
@@ -219,6 +222,7 @@ def prune(
                     checkpoint=saved,
                     resume=resume,
                     scores=scores,
+                    activations=activations,
                     progress=screen,
                 )
             if not together.first:  # the first process writes

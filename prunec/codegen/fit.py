@@ -29,7 +29,7 @@ from prunec.codegen.observe import Reads, attribute_reads
 from prunec.codegen.perturb import free_knobs, grown_together
 from prunec.codegen.reduce import WHOLE, Layers, reduced, representative_layers
 from prunec.codegen.search import Choice, search
-from prunec.codegen.twin import assemble, padded, redraw
+from prunec.codegen.twin import LazyTwin, assemble, padded, redraw
 from prunec.errors import ExportError, VerifyError
 from prunec.graph.selection import Sliced
 
@@ -89,7 +89,7 @@ def _fit_on(
 ) -> Fit:
     short, part = reduced(model, sliced, layers)
     drawn = redraw(short, part)
-    twin = assemble(short, padded(short, part, drawn.weights), drawn.added).eval()
+    twin = _twin(short, drawn, lazily=sliced.stored is not None).eval()
     with attribute_reads(twin) as reads:
         wanted = usable(twin, checks(twin, example))
         wanted = wanted or usable(twin, checks(twin, example, (own_shape(example),)))
@@ -108,6 +108,13 @@ def _fit_on(
             wanted += consistent(module, twin, example)
     choice |= _implied(model, [c for c in found if c not in choice])
     return Fit(by_module(choice), trials, tuple(check for check, _ in wanted))
+
+
+def _twin(model: nn.Module, drawn: Sliced, *, lazily: bool) -> nn.Module:
+    """The zero-padded twin; `lazily` one module's weights at a time, where memory is short."""
+    if lazily:
+        return LazyTwin(model, drawn).module
+    return assemble(model, padded(model, drawn, drawn.weights), drawn.added)
 
 
 class Bench:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, fx
 
 from prunec.errors import TraceError, VerifyError
+from prunec.graph.dims import Dim
 from prunec.graph.padding import Padding
 from prunec.graph.program import Program, source_line
 from prunec.graph.propagate import Layout
 from prunec.graph.resize import ResizedCall, resized_call
 from prunec.graph.selection import Selection
+from prunec.graph.waiting import Either, Environment, Place, of_tensors, present
 
-Environment = dict[fx.Node, Any]
 Visitor = Callable[[int, Tensor], None]
 Reader = Callable[[fx.Node], Tensor]
 
@@ -37,7 +38,7 @@ class Stream:
         weight: gives the present tensor of a parameter, buffer or constant by canonical name,
             already at the size that the present selection leaves.
         device: where values are computed.
-        storage: where the batches' values wait between two stops.
+        place: where the batches' values wait between two stops, by default `Either`.
         hold_bytes: how much the values held between two stops may take before they are computed
             twice instead; by default half of what the program's tensors take.
     """
@@ -50,7 +51,7 @@ class Stream:
         weight: Callable[[str], Tensor],
         *,
         device: torch.device | str = "cpu",
-        storage: torch.device | str = "cpu",
+        place: Place | None = None,
         hold_bytes: int | None = None,
         selection: Selection | None = None,
     ):
@@ -59,7 +60,7 @@ class Stream:
         self.selection = selection or Selection()
         self._weight = weight
         self._device = torch.device(device)
-        self._storage = torch.device(storage)
+        self._place = place or Either()
         self._nodes = [node for node in program.graph.nodes if node.op != "output"]
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._last_use = self._find_last_uses()
@@ -70,14 +71,14 @@ class Stream:
         sizes = [tensor.nbytes for tensor in program.state.values()]
         self._hold_bytes = sum(sizes) // 2 if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
-        self._live = [self._start(batch) for batch in batches]
+        self._live = [self._place.keep(self._start(batch), {}) for batch in batches]
         self._padding = Padding(program, batches)
 
     def _start(self, batch: Mapping[str, Tensor]) -> Environment:
         self.program.check_inputs(batch)
         names = self.program.inputs
         return {
-            node: batch[names[node.name]].to(self._storage)
+            node: batch[names[node.name]]
             for node in self._nodes
             if node.op == "placeholder" and node.name in names
         }
@@ -132,7 +133,7 @@ class Stream:
         dropped after the visit and computed again on the next advance, from the place behind the
         last stop where least is alive: a wide site then costs time instead of memory.
         """
-        end = self._position[stop]
+        end = self._position.get(stop, len(self._nodes))  # the output comes after all
         places = range(min(self._last_stop + 1, end), end + 1)
         restart = min(reversed(places), key=self._live_elements.__getitem__)
         before, after = self._nodes[self._cursor : restart], self._nodes[restart:end]
@@ -140,14 +141,15 @@ class Stream:
         calls = self._calls([*before, *after])
         hold = True
         for number, waiting in enumerate(self._live):
-            live = _moved(waiting, self._device)
+            live = present(waiting, self._device)
             self._run(before, live, calls)
             held = dict(live)
             self._run(after, live, calls)
             yield partial(self._checked, live, number)
             if number == 0:
                 hold = _bytes(live) * len(self._live) <= self._hold_bytes
-            self._live[number] = _moved(live if hold else held, self._storage)
+                self._place.expect(_bytes(live if hold else held) * len(self._live))
+            self._live[number] = self._place.keep(live if hold else held, waiting)
         self._last_stop = end
         self._cursor = end if hold else restart
         self._drop_shared(self._cursor)
@@ -166,7 +168,7 @@ class Stream:
             self._run_shared(fresh)
             calls = self._calls(segment)
             for waiting in self._live:
-                live = _moved(waiting, self._device)
+                live = present(waiting, self._device)
                 waiting.clear()
                 self._run(segment, live, calls)
                 yield live[result] if result in live else self._shared[result]
@@ -175,9 +177,20 @@ class Stream:
     def select(self, selection: Selection) -> None:
         """Remove units: every live value that carries them is sliced."""
         before, self.selection = self.selection, selection
-        for live in (self._shared, *self._live):
-            for node, value in live.items():
-                live[node] = self._slice(node, value, before)
+        for node, value in self._shared.items():
+            self._shared[node] = self._slice(node, value, before)
+        for number, waiting in enumerate(self._live):
+            carry = {
+                node: value
+                for node, value in waiting.items()
+                if any(self.selection.touches(dim) for dim in self._dims(node))
+            }
+            live = present(carry, self._device)
+            sliced = {node: self._slice(node, value, before) for node, value in live.items()}
+            self._live[number] = waiting | self._place.keep(sliced, {})
+
+    def _dims(self, node: fx.Node) -> list[Dim]:
+        return [dim for value in self.layout.values.get(node, []) for dim in value.dims]
 
     def _slice(self, node: fx.Node, value: Any, before: Selection) -> Any:
         dims = [v.dims for v in self.layout.values.get(node, [])]
@@ -256,12 +269,8 @@ class Stream:
         return value
 
 
-def _moved(live: Environment, device: torch.device) -> Environment:
-    return {
-        node: value.to(device) if isinstance(value, Tensor) else value
-        for node, value in live.items()
-    }
-
-
 def _bytes(live: Environment) -> int:
-    return sum(value.nbytes for value in live.values() if isinstance(value, Tensor))
+    sizes: list[int] = []
+    for value in live.values():
+        of_tensors(value, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)

@@ -1,4 +1,4 @@
-"""Memory that was freed but not given back."""
+"""Memory that is free, and memory that was freed but not given back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def free_bytes() -> int:
+    """What the system could give to this process now."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 @contextmanager

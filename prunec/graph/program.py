@@ -62,13 +62,18 @@ class Program:
     def arguments(
         self, state: Mapping[str, Tensor] | None, inputs: Mapping[str, Tensor]
     ) -> list[Tensor]:
-        """What the graph's placeholders stand for, in order; TraceError for other inputs."""
+        """What the graph's placeholders stand for, in order; TraceError for other inputs.
+
+        Inputs come to the device of the tensors.
+        """
         self.check_inputs(inputs)
         tensors = self.state if state is None else state
+        first = next(iter(sorted(self.parameters)), None)
+        device = None if first is None else tensors[first].device
         return [
             tensors[self.bindings[node.name]]
             if node.name in self.bindings
-            else inputs[self.inputs[node.name]]
+            else inputs[self.inputs[node.name]].to(device)
             for node in self.graph.nodes
             if node.op == "placeholder"
         ]

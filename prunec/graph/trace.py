@@ -122,7 +122,8 @@ def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
 
 
 def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    arguments = tuple(inputs.values())
+    held = next((p.device for p in model.parameters() if not p.is_meta), None)
+    arguments = tuple(value.to(held) for value in inputs.values())
     training = model.training
     wrapper.eval()
     try:

@@ -221,7 +221,7 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name != ".lock":
+        if path.name != ".lock" and path.is_file():  # folders are of activations that wait
             path.unlink()
 
 

@@ -29,12 +29,19 @@ def choose_branches(coupling: CouplingGraph, names: Sequence[str]) -> tuple[Bran
     return tuple(branch for branch in coupling.branches if branch.name in names)
 
 
-def loaded(coupling: CouplingGraph, weights: Mapping[str, Tensor] | None) -> CouplingGraph:
-    """The coupling around these parameters in memory, where its own are on meta."""
+def loaded(
+    coupling: CouplingGraph, weights: Mapping[str, Tensor] | None, device: str | None = None
+) -> CouplingGraph:
+    """The coupling around these parameters in memory, where its own are on meta.
+
+    Args:
+        device: where everything is put; by default it stays where it is.
+    """
     if weights is None:
         return coupling
     program = coupling.program
-    state = {**program.state, **{name: weights[name] for name in program.parameters}}
+    present = {**program.state, **{name: weights[name] for name in program.parameters}}
+    state = {name: tensor.to(device) for name, tensor in present.items()}
     return CouplingGraph(replace(program, state=state), coupling.layout)
 
 

@@ -19,6 +19,10 @@ from prunec.graph.interpreter import Stream
 from prunec.graph.program import Program
 from prunec.graph.resize import ResizedCall, resized_call
 from prunec.graph.selection import Extent, Selection, Sliced
+from prunec.graph.waiting import Place
+
+# Out of core, what a stream may hold at a wide site rather than compute it twice.
+_HELD_BYTES = 1 << 30
 
 
 class Weights(Mapping[str, Tensor]):
@@ -33,6 +37,7 @@ class Weights(Mapping[str, Tensor]):
         selection: the units that are gone from the start.
         device: where tensors are wanted; by default where they are.
         stored: whether the dense tensors lie on disk, those of the program being on meta.
+        place: where the values of streamed batches wait (see `Stream`).
     """
 
     def __init__(
@@ -43,8 +48,10 @@ class Weights(Mapping[str, Tensor]):
         selection: Selection | None = None,
         device: torch.device | None = None,
         stored: bool = False,
+        place: Place | None = None,
     ):
         self.stored = stored
+        self.place = place
         self.selection = selection or Selection()
         self._coupling = coupling
         self._dense = coupling.program.state if state is None else state
@@ -71,17 +78,21 @@ class Weights(Mapping[str, Tensor]):
 
     def dense(self) -> Weights:
         """The tensors as they were given, for a stream of the dense program."""
-        return Weights(self._coupling, self._dense, device=self.device, stored=self.stored)
+        return Weights(
+            self._coupling, self._dense, device=self.device, stored=self.stored, place=self.place
+        )
 
     def stream(self, batches: Sequence[Mapping[str, Tensor]]) -> Stream:
-        """The batches at the start of their way through the program with these tensors."""
+        """Batches on their way through the program with these tensors."""
         return Stream(
             self._coupling.program,
             self._coupling.layout,
             batches,
             self.__getitem__,
-            selection=self.selection,
             device=self.device,
+            place=self.place,
+            hold_bytes=_HELD_BYTES if self.stored else None,
+            selection=self.selection,
         )
 
     def shapes(self) -> Weights:
@@ -107,6 +118,7 @@ def weights_of(
     stored: Mapping[str, Tensor] | None = None,
     device: str | None = None,
     selection: Selection | None = None,
+    place: Place | None = None,
 ) -> Weights:
     """The tensors to begin with: the program's own, or in their place what is read from a store.
 
@@ -120,10 +132,16 @@ def weights_of(
                 "the model has no weights: its parameters are on the meta device",
                 fix="load it, or give `weights` (open_model(..., out_of_core=True) has them)",
             )
-        return Weights(coupling, state, selection=selection)
+        return Weights(coupling, state, selection=selection, place=place)
     present: ChainMap[str, Tensor] = ChainMap(cast(Any, stored), cast(Any, state))
-    place = torch.device(device or "cpu")
-    return Weights(coupling, present, selection=selection, device=place, stored=True)
+    return Weights(
+        coupling,
+        present,
+        selection=selection,
+        device=torch.device(device or "cpu"),
+        stored=True,
+        place=place,
+    )
 
 
 def slice_state(
@@ -178,7 +196,10 @@ def slice_program(
         if call.select:
             copies[node] = _select(graph, call, copy, coupling, selection, tables)
     graph.lint()
-    return replace(program, graph_module=fx.GraphModule(tables, graph), state=dict(state))
+    real = (tensor.device for tensor in state.values() if not tensor.is_meta)
+    place = next(real, torch.device("cpu"))
+    held = {name: table.to(place) for name, table in tables.items()}
+    return replace(program, graph_module=fx.GraphModule(held, graph), state=dict(state))
 
 
 def _select(

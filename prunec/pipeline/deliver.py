@@ -14,6 +14,7 @@ from prunec.errors import ExportError, ModelError
 from prunec.events import Progress
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.retarget import on_device
 from prunec.graph.selection import Selection
 from prunec.models import example_inputs
 from prunec.passes.depth import choose_branches, verify_dropped
@@ -69,7 +70,8 @@ def deliver(
     weights, plan = outcome.weights, outcome.plan
     shown = weights.shapes() if weights.stored else weights
     added, checks = coupling.program.added, tuple[str, ...]()
-    tensors = {n: (weights if n in added else shown).read(n) for n in shown}
+    place = None if weights.stored else weights.device  # a resumed run's tensors lie on disk
+    tensors = {n: (weights if n in added else shown).read(n).to(place) for n in shown}
     program = slice_program(coupling, weights.selection, tensors)
     if plan.dropped:
         with progress.task("compare with silenced branches"), clock("verify"):
@@ -113,7 +115,9 @@ def _reference(
 
     def run(given: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
         state = {name: given.get(name, tensor) for name, tensor in tensors.items()}
-        return slice_program(coupling, selection, state).run(None, **inputs)
+        place = next(tensor.device for tensor in state.values() if not tensor.is_meta)
+        program = on_device(slice_program(coupling, selection, state), place)
+        return program.run(None, **inputs)
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from prunec.events import Progress
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.retarget import on_device
 from prunec.graph.trace import Loss, trace
+from prunec.graph.waiting import Place, place_named
 from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.compensation.closed_form import Compensation
+from prunec.passes.distributed import processes
 from prunec.passes.recipe import Recipe
 from prunec.passes.statistics.scores import Scores, Shelf
 from prunec.passes.targets.target import Target
@@ -44,11 +47,14 @@ class Run:
     weights: Mapping[str, Tensor] | None
     device: str | None
     shelf: Shelf | None
+    checkpoint: Path | None
+    resume: bool
+    activations: str
     progress: Progress
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        _ = self.criterion, self.allocation, self.compensation
+        _ = self.criterion, self.allocation, self.compensation, self.place
 
     @cached_property
     def criterion(self) -> Any:
@@ -66,6 +72,11 @@ class Run:
     def compensation(self) -> Compensation:
         built: Compensation = self.recipe.compensation.build("compensation")
         return built
+
+    @cached_property
+    def place(self) -> Place:
+        """Where activations wait; on disk, beside the progress that is kept."""
+        return place_named(self.activations, self.checkpoint if processes().first else None)
 
     @cached_property
     def saved(self) -> Scores | None:
@@ -90,13 +101,14 @@ class Run:
         """The batches as the loss reads them: with labels, where there are any."""
         return self.calibration.batches if self.calibration else ()
 
-    def couple(self) -> CouplingGraph:
-        """The model's coupling graph, on the run's device."""
+    def couple(self, device: str | None = None) -> CouplingGraph:
+        """The model's coupling graph, on the run's device or another one."""
+        device = device or self.device
         example = self.saved.example if self.saved and not self.batches else self.batches[0]
         with self.progress.task("trace the model"), self.clock("trace"):
             program = trace(self.model, example)
-            if self.device is not None:
-                program = on_device(program, torch.device(self.device))
+            if device is not None:
+                program = on_device(program, torch.device(device))
             return couple(program)
 
     def deliver(self, outcome: Outcome, **reported: Any) -> Result:

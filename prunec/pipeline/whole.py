@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
 
 from prunec.errors import PlanError
+from prunec.graph.coupling import CouplingGraph
 from prunec.passes.channels import HIDDEN, prune_channels, stream_sites
 from prunec.passes.depth import drop, loaded
 from prunec.passes.plan import Plan
@@ -21,13 +25,15 @@ from prunec.pipeline.run import Run
 def shorten(run: Run) -> Result:
     """Whole branches or blocks go."""
     _only(run.recipe, DEPTH_KINDS)
-    dense = loaded(run.couple(), run.weights)
+    _check_options(run, constraints=run.recipe.constraints.to_dict())
+    dense = loaded(run.couple(), run.weights, run.device)
     with run.clock("prune"):
         goal, units = Goal.on(dense, run.aim), run.recipe.units
         names, dropped = prune_depth(
             dense, units, goal, run.criterion, run.batches, progress=run.progress
         )
-        coupling = drop(dense, names)
+    dense = _to_deliver(run, dense)
+    coupling = drop(dense, names)
     weights = Weights(coupling)
     return run.deliver(Outcome(dense, coupling, weights, Plan(dropped=names)), dropped=dropped)
 
@@ -35,11 +41,21 @@ def shorten(run: Run) -> Result:
 def narrow(run: Run) -> Result:
     """Features of the residual stream go."""
     _only(run.recipe, {HIDDEN})
-    coupling = loaded(run.couple(), run.weights)
+    limits = run.recipe.constraints.to_dict()
+    rounding = {"multiple_of", "tensor_parallel"}
+    _check_options(run, constraints={k: v for k, v in limits.items() if k not in rounding})
+    coupling = loaded(run.couple(), run.weights, run.device)
     with run.clock("prune"):
         sites, names = stream_sites(coupling), run.criterion.statistics
         prior = prior_statistics(
-            run.model, sites, names, run.samples, loss=run.loss, progress=run.progress
+            run.model,
+            sites,
+            names,
+            run.samples,
+            loss=run.loss,
+            weights=coupling.program.state.__getitem__,
+            device=Weights(coupling).device,
+            progress=run.progress,
         )
         selection = prune_channels(
             coupling,
@@ -51,8 +67,31 @@ def narrow(run: Run) -> Result:
             prior,
             constraints=run.recipe.constraints,
         )
-    weights = Weights(coupling, selection=selection)
-    return run.deliver(Outcome(coupling, coupling, weights, Plan.of(coupling, selection)))
+        plan = Plan.of(coupling, selection)
+    coupling = _to_deliver(run, coupling)
+    weights = Weights(coupling, selection=plan.selection(coupling))
+    return run.deliver(Outcome(coupling, coupling, weights, plan))
+
+
+def _to_deliver(run: Run, coupling: CouplingGraph) -> CouplingGraph:
+    """What the result is made of: on the CPU, where a model on meta is delivered."""
+    if run.weights is None or torch.device(run.device or "cpu").type == "cpu":
+        return coupling
+    return loaded(run.couple("cpu"), run.weights)
+
+
+def _check_options(run: Run, *, constraints: Mapping[str, Any]) -> None:
+    """Refuse what this kind of run could only ignore."""
+    idle = [f"the constraint {name}" for name in constraints]
+    idle += ["scores"] if run.shelf else []
+    idle += ["a checkpoint to resume from"] if run.resume else []
+    idle += ["a place for activations"] if run.activations != "auto" else []
+    if idle:
+        raise PlanError(
+            f"a run that removes {', '.join(run.recipe.units)} has no use for {', '.join(idle)}",
+            so="it would be without effect",
+            fix="leave it out; such a run takes one pass over the data and keeps no progress",
+        )
 
 
 def _only(recipe: Recipe, kinds: Collection[str]) -> None:

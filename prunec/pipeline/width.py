@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +32,8 @@ from prunec.pipeline.run import Run, described
 from prunec.pipeline.scoring import check_width
 
 
-def thin(run: Run, checkpoint: str | Path | None = None, *, resume: bool = False) -> Result:
-    """Units inside blocks go, each site ranked on what the pruned part before it produces.
-
-    Args:
-        checkpoint, resume: where progress is kept, and whether to go on from it.
-    """
+def thin(run: Run) -> Result:
+    """Units inside blocks go, each site ranked on what the pruned part before it produces."""
     check_width(run.criterion)
     coupling, sites, skipped = _sites(run)
     setup = _measured(run, coupling, sites)
@@ -55,7 +50,7 @@ def thin(run: Run, checkpoint: str | Path | None = None, *, resume: bool = False
         )
     together = processes()
     journal = opened_journal(
-        checkpoint if together.first else None, _identity(run, setup, checkpoint), resume=resume
+        run.checkpoint if together.first else None, _identity(run, setup), resume=run.resume
     )
     with run.clock("prune"), journal as kept:
         shared = replace(setup, batches=together.share(run.batches))
@@ -89,7 +84,7 @@ def _measured(run: Run, coupling: CouplingGraph, sites: Sequence[Site]) -> Setup
         run.criterion,
         run.compensation,
         run.batches,
-        weights_of(coupling, run.weights, run.device),
+        weights_of(coupling, run.weights, run.device, place=run.place),
         scores=run.saved,
         progress=run.progress,
     )
@@ -132,7 +127,7 @@ def _scores(run: Run, shelf: Shelf, setup: Setup, names: Collection[str]) -> Sco
     return scores
 
 
-def _identity(run: Run, setup: Setup, checkpoint: str | Path | None) -> dict[str, Any]:
+def _identity(run: Run, setup: Setup) -> dict[str, Any]:
     """What must be the same in the run that goes on from a checkpoint."""
     identity: dict[str, Any] = {
         "recipe": run.recipe.to_dict(),
@@ -142,7 +137,7 @@ def _identity(run: Run, setup: Setup, checkpoint: str | Path | None) -> dict[str
     }
     if setup.scores is not None:
         identity["scores"] = vars(setup.scores.origin)
-    if checkpoint is not None:
+    if run.checkpoint is not None:
         identity["model"] = state_digest(run.model, run.weights)
         identity["device"] = str(setup.weights.device)
     return identity

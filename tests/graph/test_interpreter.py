@@ -9,6 +9,7 @@ from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor
 
 from prunec.errors import TraceError, VerifyError
+from prunec.graph import waiting
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.interpreter import Stream
 from prunec.graph.retarget import retarget
@@ -55,14 +56,27 @@ def test_stopping_on_the_way_changes_nothing(coupling: CouplingGraph) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("hold_bytes", [None, 0])
+@pytest.mark.parametrize("place", ["memory", "disk"])
 def test_slicing_on_the_way_equals_the_sliced_program(
-    coupling: CouplingGraph, ragged: bool, hold_bytes: int | None
+    coupling: CouplingGraph,
+    ragged: bool,
+    hold_bytes: int | None,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Live values that carry removed units are cut where they are, or computed again."""
+    monkeypatch.setattr(waiting, "_SMALL_BYTES", 1)
     program = coupling.program
     batches = [tokens(seed) for seed in range(2)]
     weights = Weights(coupling, program.state)
-    stream = Stream(program, coupling.layout, batches, weights.__getitem__, hold_bytes=hold_bytes)
+    stream = Stream(
+        program,
+        coupling.layout,
+        batches,
+        weights.__getitem__,
+        hold_bytes=hold_bytes,
+        place=waiting.place_named(place),
+    )
     sites, _ = find_sites(coupling, KINDS)
     everything = []
     for site in sites:
