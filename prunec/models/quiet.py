@@ -1,4 +1,4 @@
-"""Hold back what transformers prints while prunec loads or runs a model."""
+"""Hold back what transformers and the Hub's client print while prunec loads or runs a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -21,16 +22,17 @@ logging: Any = transformers_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines of transformers inside; as it was afterwards.
+    """No progress bars, warnings or log lines of the two inside; as it was afterwards.
 
     What matters in them (missing weights, wrong shapes) prunec checks and raises by itself.
     The state is the process's: other threads are silenced too.
     """
-    verbosity = logging.get_verbosity()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
         if bars:
             logging.disable_progress_bar()
         elif hub_bars:
@@ -40,6 +42,7 @@ def quiet() -> Iterator[None]:
                 yield
         finally:
             logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub_verbosity)
             if bars:
                 logging.enable_progress_bar()
             if hub_bars:

@@ -183,7 +183,6 @@ def test_unusable_fields(tmp_path: Path, chatty: Any, row: Any, field: str, reas
 def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "unused", raising=False)
     return datasets
 
 
@@ -212,10 +211,13 @@ def test_a_data_set_that_was_saved(tmp_path: Path, tokenizer: Any) -> None:
     assert got.digest == drawn(write(tmp_path / "r.jsonl", *ROWS), tokenizer).digest
 
 
-def test_a_data_set_that_cannot_be_fetched(offline: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_fetched(
+    offline: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(CalibrationError, match="nobody/nothing cannot be had") as caught:
         drawn("hub:nobody/nothing", tokenizer)
     assert "\n" not in caught.value.message
+    assert capfd.readouterr() == ("", "")
     with pytest.raises(CalibrationError, match="without a name"):
         drawn("hub:", tokenizer)
 
