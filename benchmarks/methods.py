@@ -5,6 +5,7 @@
     python benchmarks/methods.py --items 0               # the whole task sets
     python benchmarks/methods.py --no-tasks              # perplexity only; tasks can follow later
     python benchmarks/methods.py --methods slimgpt auto --ratios 0.5 --seeds 0 1 2
+    python benchmarks/methods.py --methods auto --ratios 0.5 --minutes 10 20 40  # of its search
     python benchmarks/methods.py --markdown              # the table of what has been run
 
 Each cell is a method at a ratio and a seed. What has been measured stands in results/methods.json
@@ -54,15 +55,20 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one ratio with one seed; the dense model has ratio 0."""
+    """One method at one ratio with one seed; the dense model has ratio 0.
+
+    `minutes` bound a method that searches; None: as its recipe says.
+    """
 
     method: str
     ratio: float
     seed: int
+    minutes: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.ratio:g} seed {self.seed}"
+        bound = "" if self.minutes is None else f" {self.minutes:g} minutes"
+        return f"{self.method} {self.ratio:g} seed {self.seed}{bound}"
 
     @property
     def folder(self) -> str:
@@ -92,6 +98,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="RECIPE")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--minutes", nargs="+", type=float, default=[None], help="bounds of a search, one cell each"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--window", type=int, default=1024)
@@ -116,7 +125,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for ratio in options.ratios:
         for method in options.methods:
             for seed in options.seeds:
-                yield Cell(method, ratio, seed)
+                for minutes in options.minutes:
+                    yield Cell(method, ratio, seed, minutes)
 
 
 class Table:
@@ -227,6 +237,7 @@ def prune_in_child(cell: Cell, protocol: Protocol, out: Path) -> dict[str, Any]:
         "method": cell.method,
         "ratio": cell.ratio,
         "seed": cell.seed,
+        "minutes": cell.minutes,
         "samples": protocol.samples,
         "seq_len": protocol.seq_len,
         "texts": [str(text), str(data_directory() / WIKIPEDIA)],
@@ -244,6 +255,7 @@ def prune(
     method: str,
     ratio: float,
     seed: int,
+    minutes: float | None,
     samples: int,
     seq_len: int,
     texts: Sequence[str],
@@ -261,7 +273,12 @@ def prune(
     calibration = calibrate(texts, source.tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     start = time.perf_counter()
     result = prunec.prune(
-        source.model, recipe=method, ratio=ratio, calibration=calibration, seed=seed
+        source.model,
+        recipe=method,
+        ratio=ratio,
+        calibration=calibration,
+        seed=seed,
+        settings={} if minutes is None else {"allocation.minutes": minutes},
     )
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -311,7 +328,9 @@ def _row(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     pruning = row.get("pruning", {})
     return [
         f"{row['ratio']:.0%}" if row["ratio"] else "",
-        row["method"] + (f" (seed {row['seed']})" if row["seed"] else ""),
+        row["method"]
+        + (f" (seed {row['seed']})" if row["seed"] else "")
+        + (f" in {row['minutes']:g} min" if row.get("minutes") else ""),
         *[_times(row.get(text), dense.get(text)) for text in ("wikitext2", "c4")],
         *[_accuracy(row, task, metric) for task, metric in METRICS.items()],
         _times(row.get("recovered wikitext2"), dense.get("wikitext2")),

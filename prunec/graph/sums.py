@@ -105,7 +105,7 @@ def _sum(node: fx.Node, plain: fx.Node, layout: Layout) -> _Operand:
 
 def _operand(node: fx.Node, layout: Layout) -> _Operand:
     plain, alone = node, len(node.users) == 1
-    while (source := _unscaled(plain, layout)) is not None:
+    while (source := unscaled(plain, layout)) is not None:
         plain = source
         alone &= len(plain.users) == 1
     inner = alone and _is_addition(plain, layout)
@@ -149,7 +149,7 @@ def _is_addition(node: fx.Node, layout: Layout) -> bool:
 UNCHANGED = ("to", "_to_copy", "dropout", "clone", "contiguous", "detach", "alias", "lift_fresh")
 
 
-def _unscaled(node: fx.Node, layout: Layout) -> fx.Node | None:
+def unscaled(node: fx.Node, layout: Layout) -> fx.Node | None:
     """The operand of a cast, a dropout or a product with a number; None for any other call."""
     name, operands = operator_name(node), node.all_input_nodes
     if name in UNCHANGED:

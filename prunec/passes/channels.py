@@ -14,6 +14,7 @@ from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.selection import Keep, Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.importance.magnitude import Magnitude
 from prunec.passes.sites import Site, site_problem
 from prunec.passes.targets.constraints import Constraints
 from prunec.passes.targets.goal import Goal, amount, block_parameters
@@ -75,6 +76,34 @@ def prune_channels(
             fix="use importance=magnitude, random, taylor or fisher, and compensation=none",
         )
     left = _numbers_left(coupling, [site.groups[0] for site in sites], goal, constraints)
+    return _best(coupling, sites, left, criterion, tensors, statistics)
+
+
+def heaviest(
+    coupling: CouplingGraph, part: float, constraints: Constraints, tensors: Mapping[str, Tensor]
+) -> Selection:
+    """Keep about this part of the features of each residual stream, those of largest weights (L2).
+
+    Raises:
+        PlanError: the streams cannot lose features, or none would go, or all.
+    """
+    sites, heads = stream_sites(coupling), _heads(coupling)
+    groups = [site.groups[0] for site in sites]
+    left = {group.name: _rounded(group, part, constraints, heads) for group in groups}
+    if not all(max(1, group.minimum) <= left[group.name] < group.size for group in groups):
+        raise PlanError(f"{part:.0%} of the residual stream's features are none, or all of them")
+    return _best(coupling, sites, left, Magnitude(), tensors, {})
+
+
+def _best(
+    coupling: CouplingGraph,
+    sites: Sequence[Site],
+    left: Mapping[str, int],
+    criterion: Criterion,
+    tensors: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+) -> Selection:
+    """The features that a criterion ranks highest, as many of each group as are to be left."""
     keeps = {}
     for site in sites:
         (group,) = site.groups

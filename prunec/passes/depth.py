@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from prunec.errors import PlanError, VerifyError
 from prunec.graph.branches import Branch
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dropping import drop_branches, silence
+from prunec.graph.sums import operator_name, unscaled
 from prunec.passes.oracles.mask import relative_difference
+from prunec.passes.sites import Site
 
 
 def choose_branches(coupling: CouplingGraph, names: Sequence[str]) -> tuple[Branch, ...]:
@@ -27,6 +29,47 @@ def choose_branches(coupling: CouplingGraph, names: Sequence[str]) -> tuple[Bran
     if names and len(names) == len(coupling.branches):
         raise PlanError("every branch would go", fix="keep at least one")
     return tuple(branch for branch in coupling.branches if branch.name in names)
+
+
+def own_branches(coupling: CouplingGraph, sites: Sequence[Site]) -> dict[str, Branch]:
+    """By site, the residual branch that adds nothing once the site's weight and bias are zero.
+
+    Its other sites, if it has any, then compute for nothing, so a branch of several has none; nor
+    has one with a norm behind its site, which may add a bias of its own.
+    """
+    inside: dict[str, list[Site]] = {}
+    branches = {name: branch for branch in coupling.branches for name in branch.parameters}
+    for site in sites:
+        if site.parameter in branches:
+            inside.setdefault(branches[site.parameter].name, []).append(site)
+    return {
+        site.name: branch
+        for site, *others in inside.values()
+        for branch in [branches[site.parameter]]
+        if not others and _end(coupling, branch) in site.nodes and _can_be_silent(coupling, site)
+    }
+
+
+_VIEWS = ("view", "reshape", "_unsafe_view")
+
+
+def _end(coupling: CouplingGraph, branch: Branch) -> fx.Node:
+    """The call that a branch's term is computed by, but for casts, views and numbers."""
+    node = branch.exit
+    while True:
+        before = unscaled(node, coupling.layout)
+        if before is None and operator_name(node) in _VIEWS:
+            before = node.all_input_nodes[0]
+        if before is None:
+            return node
+        node = before
+
+
+def _can_be_silent(coupling: CouplingGraph, site: Site) -> bool:
+    """Whether the product is called once, and adds no bias that is not the site's own."""
+    (node, *others) = site.nodes
+    names = {coupling.program.bindings.get(source.name) for source in node.all_input_nodes}
+    return not others and names - {None} <= {site.parameter, site.bias}
 
 
 def loaded(

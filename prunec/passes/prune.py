@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,11 +68,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Pruned:
-    """Weights at their new sizes, the selection they follow, and a report per site."""
+    """Weights at their new sizes, the selection they follow, and a report per site.
+
+    Attributes:
+        streaming: seconds that the batches took, which grow with their number; the rest does not.
+    """
 
     weights: Weights
     selection: Selection
     sites: tuple[SiteReport, ...]
+    streaming: float = 0.0
 
 
 def prune_sites(setup: Setup, budget: Budget, *, journal: Journal | None = None) -> Pruned:
@@ -87,6 +93,9 @@ def prune_sites(setup: Setup, budget: Budget, *, journal: Journal | None = None)
         PlanError: what is left over at the end is more than whole units explain.
     """
     weights = setup.weights
+    if budget.narrowed:
+        _check_narrowed(setup)
+        weights.select(budget.narrowed, {})
     if weights.stored and journal is None:
         journal = temporary_journal()
     worker = _Worker(setup, budget, journal)
@@ -106,7 +115,17 @@ def prune_sites(setup: Setup, budget: Budget, *, journal: Journal | None = None)
             task.row(worker.reports[-1].cells())
             task.advance()
     budget.close()
-    return Pruned(weights, weights.selection, tuple(worker.reports))
+    return Pruned(weights, weights.selection, tuple(worker.reports), worker.streaming)
+
+
+def _check_narrowed(setup: Setup) -> None:
+    """Raises PlanError where the dense model's stream, of another width, would be needed."""
+    regression = setup.compensation.regression
+    if setup.scores is not None or (regression is not None and regression.needs_dense):
+        raise PlanError(
+            "with a narrower residual stream nothing can be held against the dense model's",
+            fix="set allocation.hidden=false, or use compensation obs and no saved scores",
+        )
 
 
 def keeps_of(coupling: CouplingGraph, kept: Mapping[str, BoolArray]) -> dict[Dim, Keep]:
@@ -146,6 +165,12 @@ def mend(
     return updated
 
 
+def silenced(site: Site, weights: Weights) -> dict[str, Tensor]:
+    """The weight of a site that computes nothing any more, and its bias, by parameter name."""
+    names = [site.parameter] if site.bias is None else [site.parameter, site.bias]
+    return {name: torch.zeros_like(weights[name]) for name in names}
+
+
 class _Worker:
     """Carries one criterion and one compensation from site to site."""
 
@@ -160,6 +185,7 @@ class _Worker:
         self._budget = budget
         self._journal = journal
         self.reports: list[SiteReport] = []
+        self.streaming = 0.0
 
     def measurement(self, sites: Sequence[Site]) -> Measured:
         if self._scores is not None:
@@ -188,8 +214,16 @@ class _Worker:
         self._dense.release()
 
     def visit(self, site: Site, measurement: Measured) -> None:
-        problem = site_problem(site, self._coupling, self._weights)
+        fixed = self._budget.narrowed.counts
+        problem = site_problem(site, self._coupling, self._weights, fixed)
         wanted = self._budget.want(site)
+        if self._budget.leaves_out(site):
+            measurement.skip(site)
+            self._budget.leave_out(site)
+            self._weights.select(self._weights.selection, silenced(site, self._weights))
+            gone = {group.name: np.zeros((1, group.size), dtype=bool) for group in site.groups}
+            self._report(site, problem, wanted, Decision(wanted, self._budget.spent, kept=gone))
+            return
         if self._budget.stays_whole(site):
             measurement.skip(site)
             self._budget.skip(site)
@@ -211,7 +245,9 @@ class _Worker:
         if recalled is not None:
             measurement.pass_by(site)
             return recalled
+        start = time.monotonic()
         measured = measurement.take(site)
+        self.streaming += time.monotonic() - start
         decision = together.agreed(lambda: self._decide(site, problem, measured))
         if self._journal is None:
             return decision
@@ -231,7 +267,7 @@ class _Worker:
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
         kept = curve.keep(problem, steps)
-        whole = _energy(problem.weight, statistics)
+        whole = output_energy(problem.weight, statistics)
         error = None if whole is None else loss / whole if whole > 0 else 0.0
         updated = self._mend(site, problem, statistics, kept) if steps else {}
         points = _points(curve, whole) if whole else ()
@@ -279,7 +315,7 @@ class _Worker:
         )
 
 
-def _energy(weight: Tensor, statistics: Statistics) -> float | None:
+def output_energy(weight: Tensor, statistics: Statistics) -> float | None:
     """The energy ``tr(W C W^T)`` of the site's dense output, where the statistics tell."""
     if statistics.keys().isdisjoint({"input_gram", "input_tokens"}):
         return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, fx
 
-from prunec.graph.cost import parameter_count
+from prunec.graph.cost import Counts, parameter_count
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim
 from prunec.graph.selection import IntArray, positions
@@ -169,14 +169,24 @@ def _own_bias(coupling: CouplingGraph, reads: Sequence[_Product]) -> str | None:
     return name if own and name in {*program.parameters, *program.added} else None
 
 
-def site_problem(site: Site, coupling: CouplingGraph, tensors: Mapping[str, Tensor]) -> SiteProblem:
-    """What a criterion is asked at this site. ``tensors`` are the present member parameters."""
+def site_problem(
+    site: Site,
+    coupling: CouplingGraph,
+    tensors: Mapping[str, Tensor],
+    fixed: Counts | None = None,
+) -> SiteProblem:
+    """What a criterion is asked at this site.
+
+    Args:
+        tensors: the present member parameters.
+        fixed: units that are left of leaves of no site, such as the residual stream.
+    """
     names = site_parameters(site)
     by_name = {group.name: group.dim for group in site.groups}
     columns = coupling.layout.parameters[site.parameter][site.axis]
 
     def size(counts: Mapping[str, int]) -> int:
-        kept = {by_name[name]: count for name, count in counts.items()}
+        kept = {**(fixed or {}), **{by_name[name]: count for name, count in counts.items()}}
         return parameter_count(coupling, kept, names)
 
     return SiteProblem(

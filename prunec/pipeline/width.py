@@ -14,12 +14,13 @@ from prunec.models.digest import tensor_digest
 from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.checkpoint import opened_journal
 from prunec.passes.compensation.biases import with_biases
+from prunec.passes.depth import drop
 from prunec.passes.distributed import processes
 from prunec.passes.plan import Plan
 from prunec.passes.prune import prune_sites
 from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, Skipped, find_sites
-from prunec.passes.slice import weights_of
+from prunec.passes.slice import Weights, weights_of
 from prunec.passes.statistics.dense import dense_sites
 from prunec.passes.statistics.prior import prior_statistics
 from prunec.passes.statistics.scores import Origin, Scores, Shelf
@@ -56,11 +57,11 @@ def thin(run: Run) -> Result:
         shared = replace(setup, batches=together.share(run.batches))
         pruned = prune_sites(shared, budget, journal=kept)
     result = run.deliver(
-        Outcome(coupling, coupling, pruned.weights, Plan.of(coupling, pruned.selection)),
+        _outcome(coupling, Plan.of(coupling, pruned.selection, budget.dropped), pruned.weights),
         sites=pruned.sites,
         skipped=tuple(skipped),
         calibration=described(run.calibration) if setup.scores is None else _reported(setup.scores),
-        aim=_aim(budget),
+        aim=_aim(goal, budget),
     )
     return _timed(run, coupling, result) if run.aim.kind == "latency" else result
 
@@ -143,6 +144,17 @@ def _identity(run: Run, setup: Setup) -> dict[str, Any]:
     return identity
 
 
+def _outcome(coupling: CouplingGraph, plan: Plan, weights: Weights) -> Outcome:
+    """What is left when the plan's branches, which are silent by now, are dropped."""
+    if not plan.dropped:
+        return Outcome(coupling, coupling, weights, plan)
+    shorter = drop(coupling, plan.dropped)
+    left = Weights(shorter, shorter.program.state)
+    names = shorter.program.parameters | shorter.program.added
+    left.select(plan.selection(shorter), {name: weights[name] for name in sorted(names)})
+    return Outcome(coupling, shorter, left, plan)
+
+
 def _timed(run: Run, coupling: CouplingGraph, result: Result) -> Result:
     """The result of a latency target, with what it measures."""
     with run.progress.task("measure the latency reached"), run.clock("measure latency"):
@@ -151,13 +163,12 @@ def _timed(run: Run, coupling: CouplingGraph, result: Result) -> Result:
     return replace(result, report=replace(result.report, aim=aim))
 
 
-def _aim(budget: Budget) -> dict[str, Any]:
-    goal = budget.goal
+def _aim(goal: Goal, budget: Budget) -> dict[str, Any]:
     return {
         "target": str(goal.target),
         "before": goal.of,
         "asked": goal.of - goal.remove,
-        "reached": goal.of - budget.removed,
+        "reached": budget.goal.of - budget.removed,
         "rounding": budget.rounding,
     }
 

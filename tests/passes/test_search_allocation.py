@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -17,21 +17,26 @@ from hypothesis import strategies as st
 from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor
 
+import prunec
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
 from prunec.passes.allocation.context import Context, Room
 from prunec.passes.allocation.evolution import Pool, evolve
 from prunec.passes.allocation.levels import cheapest_levels, stitch
-from prunec.passes.allocation.search import Search, perturbed, spared
+from prunec.passes.allocation.search import Search, bend, spare, waved
+from prunec.passes.allocation.space import Space
 from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.allocation.trials import split
 from prunec.passes.allocation.uniform import Allocation, LogIncrease
+from prunec.passes.depth import drop
+from prunec.passes.plan import Plan
+from prunec.passes.prune import prune_sites
 from prunec.passes.recipe import load_recipe
 from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, find_sites
 from prunec.passes.slice import Weights
-from prunec.passes.targets.budget import Budget, block_budget
+from prunec.passes.targets.budget import Budget, block_budget, block_parameters
 from prunec.passes.targets.constraints import Constraints
 
 SMALL = {"fit_tokens": 200, "held_tokens": 100, "levels": 4}
@@ -48,12 +53,15 @@ def batches(count: int = 8) -> list[dict[str, Tensor]]:
 @cache
 def surveyed() -> tuple[CouplingGraph, list[Site], DenseSurvey]:
     coupling = couple(trace(tiny_llama(), batches()[0]))
+    sites, _ = find_sites(coupling, load_recipe("auto").units)
+    return coupling, sites, DenseSurvey(setup_of(coupling, sites))
+
+
+def setup_of(coupling: CouplingGraph, sites: Sequence[Site]) -> Setup:
     recipe = load_recipe("auto")
-    sites, _ = find_sites(coupling, recipe.units)
     criterion = recipe.importance.build("importance")
     compensation = recipe.compensation.build("compensation")
-    setup = Setup(coupling, sites, criterion, compensation, batches(), Weights(coupling))
-    return coupling, sites, DenseSurvey(setup)
+    return Setup(coupling, sites, criterion, compensation, batches(), Weights(coupling))
 
 
 def budget(allocation: Allocation, ratio: float, limits: Constraints | None = None) -> Budget:
@@ -131,11 +139,21 @@ def test_the_pool_keeps_the_best_and_its_bounds() -> None:
     assert not pool.open
 
 
-def test_a_pool_out_of_time_still_tries_one() -> None:
-    pool = Pool(lambda shares: shares["a"], most=4, deadline=time.monotonic() - 1)
-    pool.try_({"a": 2.0})
-    pool.try_({"a": 1.0})
-    assert pool.best == {"a": 2.0}
+def test_a_pool_begins_no_trial_that_would_end_late() -> None:
+    left = iter([-1.0])
+    late = Pool(lambda shares: shares["a"], 4, lambda: next(left))
+    assert late.try_({"a": 2.0})
+    assert not late.try_({"a": 1.0})
+    assert late.best == {"a": 2.0}
+
+    def slow(shares: Mapping[str, float]) -> float:
+        time.sleep(0.02)
+        return shares["a"]
+
+    pool = Pool(slow, 4, lambda: 0.05)
+    assert pool.try_({"a": 2.0})
+    assert pool.affords(1)
+    assert not pool.affords(3)
 
 
 def test_evolution_finds_the_bottom_of_a_bowl_and_never_leaves_the_best_parent() -> None:
@@ -156,17 +174,55 @@ def test_evolution_finds_the_bottom_of_a_bowl_and_never_leaves_the_best_parent()
     assert stays == goal
 
 
-def test_sparing_one_kind_leaves_the_other() -> None:
-    rooms = [
-        Room("a", "0", 10, 8, ("head",)),
-        Room("f", "0", 30, 28, ("ffn_channel",)),
-    ]
-    found = spared({"a": 4.0, "f": 6.0}, rooms)
-    assert found[0] == {"a": 4.0, "f": 6.0}
-    assert {"a": 0.0, "f": 6.0} in found
-    assert {"a": 4.0, "f": 3.0} in found
-    drawn = [perturbed(found[0], rooms, np.random.default_rng(0)) for _ in range(2)]
-    assert drawn[0] == drawn[1] != found[0]
+ROOMS = [
+    Room("a", "0", 10, 8, ("head",), 12),
+    Room("f", "0", 30, 28, ("ffn_channel",), 33),
+    Room("b", "1", 10, 8, ("head",), 12),
+    Room("g", "1", 30, 28, ("ffn_channel",), 33),
+]
+
+
+def space() -> Space:
+    context = Context(0.25, {"0": 40, "1": 40}, ROOMS)
+    return Space(context, surveyed()[2].trials(fit_tokens=200, held_tokens=100))
+
+
+def searched_by(step: Callable[[Pool], None], score: Callable[[Mapping[str, float]], float]):
+    pool = Pool(score, 60)
+    pool.try_({"a": 3.0, "f": 7.0, "b": 3.0, "g": 7.0})
+    step(pool)
+    return pool.best
+
+
+def test_the_kind_that_is_better_spared_is_found() -> None:
+    for goal in (1.5, 0.0):
+        found = searched_by(
+            lambda pool: spare(pool, space(), pool.best),
+            lambda s, goal=goal: abs(s["a"] + s["b"] - goal),
+        )
+        assert found["a"] + found["b"] == pytest.approx(goal, abs=0.6)
+        assert sum(found.values()) == pytest.approx(20)
+    found = searched_by(lambda pool: spare(pool, space(), pool.best), lambda s: s["f"] + s["g"])
+    assert found["f"] + found["g"] == pytest.approx(4)
+
+
+def test_waves_find_a_slope() -> None:
+    def score(shares: Mapping[str, float]) -> float:
+        return abs(shares["f"] - 9) + abs(shares["a"] - 3) + abs(shares["b"] - 3)
+
+    found = searched_by(lambda pool: bend(pool, space()), score)
+    assert found["f"] == pytest.approx(9, abs=0.5)
+    assert sum(found.values()) == pytest.approx(20)
+
+
+def test_branches_that_are_left_out_stay_so() -> None:
+    found = space().scaled({"a": 12.0, "f": 4.0, "b": 1.0, "g": 2.0})
+    assert found["a"] == 12
+    assert sum(found.values()) == pytest.approx(20)
+    changed = waved(found, ROOMS, ("head",), 0, 1.0)
+    assert changed["a"] == 12
+    assert changed["b"] > found["b"]
+    assert space().scaled({"a": 13.0, "f": 4.0, "b": 1.0, "g": 2.0})["a"] <= 8
 
 
 def test_never_worse_than_log_increase_on_its_own_objective() -> None:
@@ -228,3 +284,88 @@ def test_no_batch_is_both_fitted_and_judged_on() -> None:
 def test_options_that_cannot_be(options: dict[str, object]) -> None:
     with pytest.raises(PlanError, match=r"^search"):
         Search(**options)
+
+
+@dataclass(frozen=True)
+class LeavesOut:
+    """One branch goes whole, the first FFN gives the rest."""
+
+    branch: int
+    needs_data: ClassVar[bool] = False
+
+    def shares(self, context: Context) -> dict[str, float]:
+        need = context.target * sum(context.blocks.values())
+        gone = context.rooms[self.branch]
+        ffn = next(room for room in context.rooms if "ffn_channel" in room.kinds)
+        return {gone.site: gone.branch, ffn.site: need - gone.branch}
+
+
+@pytest.mark.parametrize("branch", [2, 3])
+def test_a_share_of_the_whole_branch_leaves_it_out(branch: int) -> None:
+    coupling, sites, _ = surveyed()
+    made = budget(LeavesOut(branch), 0.35)
+    assert len(made.dropped) == 1
+    pruned = prune_sites(setup_of(coupling, sites), made)
+    shorter = drop(coupling, made.dropped)
+    plan = Plan.of(coupling, pruned.selection, made.dropped)
+    left = sum(block_parameters(shorter, plan.selection(shorter).counts).values())
+    total = sum(block_parameters(coupling).values())
+    assert total - left == made.removed
+    assert made.removed / total == pytest.approx(0.35, abs=0.004)
+    assert set(pruned.sites[branch].kept.values()) == {0}
+    # The stream is silenced where the delivered model lacks the branch.
+    weights = Weights(shorter)
+    weights.select(plan.selection(shorter), {n: pruned.weights[n] for n in shorter.program.state})
+    streams = [present.stream(batches(2)) for present in (pruned.weights, weights)]
+    for silent, without in zip(*(stream.finish() for stream in streams), strict=True):
+        torch.testing.assert_close(silent, without, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_level_of_a_branch_costs_all_its_output() -> None:
+    _, sites, survey = surveyed()
+    branches = {site.name: 10**6 for site in sites[:2]}
+    trials = survey.trials(fit_tokens=200, held_tokens=100, levels=4, branches=branches)
+    for site in sites:
+        levels = trials.levels[site.name]
+        assert (levels.removed[-1] == 10**6) == (site.name in branches)
+        assert (np.diff(levels.loss) >= 0).all()
+    last = {site.name: len(trials.levels[site.name].removed) - 1 for site in sites[:2]}
+    assert trials.stitched(last) > 0
+
+
+def test_a_narrower_stream_counts_towards_the_target_and_is_delivered() -> None:
+    @dataclass(frozen=True)
+    class Narrow:
+        needs_data: ClassVar[bool] = False
+
+        def shares(self, context: Context) -> dict[str, float]:
+            assert context.narrower
+            left = context.narrower(0.75)
+            assert left.target < context.target
+            assert left.narrower is None
+            return {**LogIncrease().shares(left), "hidden": 0.75}
+
+    coupling, sites, _ = surveyed()
+    made = budget(Narrow(), 0.5)
+    pruned = prune_sites(setup_of(coupling, sites), made)
+    before = sum(block_parameters(coupling).values())
+    left = sum(block_parameters(coupling, pruned.selection.counts).values())
+    assert 1 - left / before == pytest.approx(0.5, abs=0.003)
+    hidden = next(group for group in coupling.groups if group.kind == "hidden")
+    assert pruned.selection.counts[hidden.dim.root] == round(0.75 * hidden.size)
+    with pytest.raises(PlanError, match="narrower residual stream"):
+        budget(Narrow(), 0.05)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_run_that_searches_is_delivered_and_meets_its_target(hidden: bool) -> None:
+    settings = {"allocation.minutes": None, "allocation.effort": "fast"}
+    settings |= {f"allocation.{key}": value for key, value in SMALL.items()}
+    result = prunec.prune(
+        tiny_llama(),
+        recipe="auto",
+        ratio=0.4,
+        calibration=batches(),
+        settings=settings | {"allocation.hidden": hidden},
+    )
+    assert result.report.realised_ratio == pytest.approx(0.4, abs=0.005)

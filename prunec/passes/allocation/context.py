@@ -25,6 +25,8 @@ class Room:
         kinds: what its units are; attention and FFN differ in it.
         parameters: held by its groups.
         most: how many of them it can give.
+        branch: parameters of the residual branch that ends in it: a share of exactly as many leaves
+            the branch out. 0 where it cannot be.
     """
 
     site: str
@@ -32,6 +34,11 @@ class Room:
     parameters: int
     most: int
     kinds: tuple[str, ...] = ()
+    branch: int = 0
+
+    def left_out(self, share: float) -> bool:
+        """Whether such a share leaves the site's branch out."""
+        return share == self.branch > 0
 
 
 class Trials(Protocol):
@@ -58,6 +65,10 @@ class Trials(Protocol):
     def repruned(self, budget: Budget) -> float:
         """Divergence after pruning to a budget, each site on what those before it give."""
 
+    @property
+    def final_seconds(self) -> float:
+        """What pruning on all batches will take on this machine, by the last trial; at first 0."""
+
 
 class Survey(Protocol):
     """What was seen of the dense model on the calibration batches, computed when first read."""
@@ -71,9 +82,19 @@ class Survey(Protocol):
         """The removal curve of each site on the dense model's inputs, by site name."""
 
     def trials(
-        self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0
+        self,
+        *,
+        fit_tokens: int,
+        held_tokens: int,
+        levels: int = 9,
+        branches: Mapping[str, int] | None = None,
+        seed: int = 0,
     ) -> Trials:
-        """Pruning for trial on about so many calibration tokens."""
+        """Pruning for trial on about so many calibration tokens.
+
+        Args:
+            branches: by site, the parameters of a branch that a level of its own leaves out.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,9 @@ class Context:
         rooms: the sites, in graph order.
         survey: the dense model, None where there is no data to run it on.
         make_budget: what :meth:`budget` calls.
+        narrower: this question on the model that keeps a part of the features of its residual
+            stream, those of largest weights; PlanError where that cannot be. A share named
+            ``hidden`` in :meth:`budget` is that part.
     """
 
     target: float
@@ -93,6 +117,7 @@ class Context:
     rooms: Sequence[Room]
     survey: Survey | None = None
     make_budget: Callable[[Mapping[str, float]], Budget] | None = None
+    narrower: Callable[[float], Context] | None = None
 
     def budget(self, shares: Mapping[str, float]) -> Budget:
         """The budget of a run in which each site is asked for these parameters."""

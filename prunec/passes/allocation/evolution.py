@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import numpy as np
 
@@ -25,14 +26,16 @@ class Pool:
     Args:
         trial: the divergence of shares, less is better; PlanError where they cannot be met.
         most: how many are tried.
-        deadline: monotonic time; a trial that would take as long as the longest before and end
-            later is not begun, the first always is.
+        left: seconds that are left for trials; one that would take longer, if it took as long as
+            the longest before, is not begun. The first always is.
     """
 
-    def __init__(self, trial: Callable[[Shares], float], most: int, deadline: float | None = None):
+    def __init__(
+        self, trial: Callable[[Shares], float], most: int, left: Callable[[], float] = lambda: inf
+    ):
         self._trial = trial
         self._most = most
-        self._deadline = deadline
+        self._left = left
         self._longest = 0.0
         self._tried: list[tuple[float, Shares]] = []
 
@@ -41,22 +44,31 @@ class Pool:
         """Whether one more may be tried."""
         if not self._tried:
             return True
-        late = self._deadline is not None and time.monotonic() + self._longest > self._deadline
-        return len(self._tried) < self._most and not late
+        return len(self._tried) < self._most and self.affords(1)
 
-    def try_(self, shares: Shares) -> None:
-        """Try these shares, unless the pool is closed or they were tried before."""
+    def affords(self, trials: float) -> bool:
+        """Whether the time is left for as much work as so many trials."""
+        return trials * self._longest <= self._left()
+
+    def try_(self, shares: Shares) -> bool:
+        """Try these shares, unless the pool is closed or they were tried before.
+
+        Returns:
+            Whether they are better than all before.
+        """
         if not self.open or any(_same(shares, seen) for _, seen in self._tried):
-            return
+            return False
         start = time.monotonic()
         try:
             score = self._trial(shares)
         except PlanError as error:
             logger.info("a candidate cannot be met: %s", error)
-            score = float("inf")
+            score = inf
         self._longest = max(self._longest, time.monotonic() - start)
         logger.info("candidate %d: divergence %.4f", len(self._tried), score)
+        better = score < min((other for other, _ in self._tried), default=inf)
         self._tried.append((score, shares))
+        return better
 
     @property
     def best(self) -> Shares:
@@ -65,7 +77,7 @@ class Pool:
 
 
 def _same(a: Shares, b: Shares) -> bool:
-    return all(abs(a[name] - b[name]) < 0.5 for name in a)
+    return a.keys() == b.keys() and all(abs(a[name] - b[name]) < 0.5 for name in a)
 
 
 def evolve(

@@ -15,15 +15,19 @@ from prunec.importance.curves import RemovalCurve
 from prunec.importance.problem import FloatArray, IntArray
 from prunec.passes.slice import Weights
 
+LEFT_OUT = -1
+"""In place of a number of steps: the site's whole branch goes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Levels:
     """What one site can give, from nothing to all that it can.
 
     Attributes:
-        removed: int ``[levels]``, parameters removed; the first is 0.
+        removed: int ``[levels]``, parameters removed; the first is 0; where the site's branch can
+            be left out, the last is what the branch holds.
         loss: ``[levels]``, the criterion's accumulated loss.
-        steps: int ``[levels]``, the number of steps along the site's removal curve.
+        steps: int ``[levels]``, the number of steps along the site's removal curve; `LEFT_OUT`.
     """
 
     removed: IntArray
@@ -38,6 +42,14 @@ class Levels:
         wanted = np.linspace(0, min(held, int(removed[-1])), count)
         steps = np.unique([int(np.argmin(np.abs(removed - want))) for want in wanted])
         return cls(removed[steps], np.maximum.accumulate(loss[steps]), steps)
+
+    def and_left_out(self, branch: int, energy: float) -> Levels:
+        """With one more level, that leaves a branch out: all the `energy` of its output is lost."""
+        return Levels(
+            np.append(self.removed, branch),
+            np.append(self.loss, max(energy, self.loss[-1])),
+            np.append(self.steps, LEFT_OUT),
+        )
 
 
 @dataclass(frozen=True, eq=False)

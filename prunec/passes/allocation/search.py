@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from math import inf
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
 from prunec.errors import PlanError
-from prunec.importance.problem import FloatArray
-from prunec.passes.allocation.context import Context, Room, Trials
-from prunec.passes.allocation.evolution import Genes, Pool, Shares, evolve
-from prunec.passes.allocation.levels import cheapest_levels
+from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.evolution import Pool, Shares, evolve
+from prunec.passes.allocation.space import Space
 from prunec.passes.allocation.uniform import LogIncrease
+
+logger = logging.getLogger(__name__)
 
 Effort = Literal["fast", "normal", "max"]
 
@@ -30,11 +34,17 @@ class _Extent:
 
 _EXTENTS: Mapping[Effort, _Extent] = {
     "fast": _Extent(trials=4, generations=0, children=0),
-    "normal": _Extent(trials=12, generations=6, children=8),
-    "max": _Extent(trials=40, generations=24, children=12),
+    "normal": _Extent(trials=20, generations=4, children=6),
+    "max": _Extent(trials=80, generations=24, children=12),
 }
-# Parts of the removed cost are counted in this many steps by the dynamic programme.
-_RESOLUTION = 1000
+# Parts of its share that a kind of site is left with, one after the other as long as it helps.
+_PARTS = (0.5, 0.25, 0.0)
+# Logarithms of the factors that waves over depth begin and end with.
+_LARGEST_WAVE, _SMALLEST_WAVE = 0.4, 0.05
+# Parts of its features that the residual stream keeps, one after the other as long as it helps.
+_STREAM_PARTS = (31 / 32, 15 / 16, 7 / 8, 3 / 4)
+# The level database, and what it is tried for, cost about as much time as so many trials.
+_DATABASE_TRIALS = 12
 
 
 @dataclass(frozen=True)
@@ -44,34 +54,45 @@ class Search:
     Candidates, each pruned on one part of the calibration batches, site after site on what the
     pruned part before it gives, and judged on another part by ``KL(dense || pruned)``:
 
-    1. log-increase over the blocks, and the same with the attention layers, or the FFN layers
-       (each kind of site), spared by a half or wholly: separate budgets;
+    1. log-increase over the blocks, and the same with one kind of site (the attention layers, the
+       FFN layers) giving a half, a quarter, nothing of its share, for as long as less is better:
+       separate budgets;
     2. the optimum of a level database (ZipLM, arXiv 2302.04089): each site of the dense model at
        `levels` sizes, the loss of each level calibrated by the divergence that the site alone
-       causes at one of them, minimised by dynamic programming within the best budgets of 1 and over
-       all sites together;
-    3. what an evolution of levels on the divergence of the stitched database finds from there
-       (EvoPress, arXiv 2410.14649; Tyr, arXiv 2503.09657);
-    4. smooth random changes of the best so far.
+       causes at one of them, minimised by dynamic programming within the best budgets of 1; and
+       what an evolution of levels on the divergence of the stitched database finds from there
+       (EvoPress, arXiv 2410.14649; Tyr, arXiv 2503.09657). Both predict optimistically (each level
+       knows the dense model only), so they are tried half-way to the best of 1 as well as whole;
+    3. waves over depth, kind by kind, on the best so far: slopes, then bends, in both directions,
+       with steps that are halved where none helps (pattern search of Hooke and Jeeves, 1961).
 
-    2 and 3 predict optimistically (each level knows the dense model only), so they are tried
-    half-way to the best of 1 as well as whole. The best by trial is returned, and log-increase is
-    always tried: the result is never worse than it, on the held-out part.
+    With `hidden`, before 3: a narrower residual stream, see :func:`narrow`.
+
+    The best by trial is returned, and log-increase is always tried: the result is never worse than
+    it, on the held-out part.
+
+    A branch (the attention or the FFN of a block) that is left out whole is one more level of its
+    site, where the graph shows it to be one.
 
     Attributes:
-        effort: How many candidates: fast tries step 1 only.
-        minutes: No trial begins that would probably end later than this after the start; None for
-            no bound. With a bound the result depends on the speed of the machine.
+        effort: How many candidates: fast tries 4 and builds no database.
+        minutes: Bounds the search and the pruning after it, of which the first trial tells what it
+            will take here: no trial begins that would probably end too late for both. None for no
+            bound. With a bound the result depends on the speed of the machine.
         fit_tokens, held_tokens: About how many calibration tokens a trial prunes and is judged on.
         levels: Sizes per site in the database.
+        depth: Whether branches may be left out.
+        hidden: Whether the residual stream may lose features, those of the smallest weights.
         seed: Of everything drawn.
     """
 
     effort: Effort = "normal"
     minutes: float | None = None
-    fit_tokens: int = 16384
+    fit_tokens: int = 8192
     held_tokens: int = 8192
     levels: int = 9
+    depth: bool = True
+    hidden: bool = False
     seed: int = 0
 
     needs_data: ClassVar[bool] = True
@@ -91,15 +112,20 @@ class Search:
 
     def shares(self, context: Context) -> Mapping[str, float]:
         """The best shares that were tried."""
-        deadline = None if self.minutes is None else time.monotonic() + 60 * self.minutes
+        end = inf if self.minutes is None else time.monotonic() + 60 * self.minutes
         trials = context.seen("search").trials(
             fit_tokens=self.fit_tokens,
             held_tokens=self.held_tokens,
             levels=self.levels,
+            branches={r.site: r.branch for r in context.rooms if r.branch and self.depth},
             seed=self.seed,
         )
-        space = _Space(context, trials)
+        space = Space(context, trials)
         extent = _EXTENTS[self.effort]
+
+        def left() -> float:
+            return end - time.monotonic() - trials.final_seconds
+
         with trials.progress.task("pruning for trial", extent.trials) as task:
 
             def trial(shares: Shares) -> float:
@@ -107,28 +133,28 @@ class Search:
                 task.advance()
                 return divergence
 
-            pool = Pool(trial, extent.trials, deadline)
-            for candidate in spared(LogIncrease().shares(context), context.rooms):
-                pool.try_(space.scaled(candidate))
-            base = pool.best
-            if extent.generations and pool.open:
-                for found in self._predicted(space, base, extent, deadline):
+            pool = Pool(trial, extent.trials, left)
+            start = LogIncrease().shares(context)
+            pool.try_(start)
+            spare(pool, space, start)
+            if extent.generations and pool.affords(_DATABASE_TRIALS):
+                base = pool.best
+                for found in self._predicted(space, base, extent, pool):
                     pool.try_(space.blend(base, found, 0.5))
                     pool.try_(found)
-            generator = np.random.default_rng(self.seed)
-            while self.effort != "fast" and pool.open:
-                pool.try_(space.scaled(perturbed(pool.best, context.rooms, generator)))
+            if self.hidden:
+                space = narrow(pool, space)
+            bend(pool, space)
         return pool.best
 
     def _predicted(
-        self, space: _Space, base: Shares, extent: _Extent, deadline: float | None
-    ) -> list[Shares]:
+        self, space: Space, base: Shares, extent: _Extent, pool: Pool
+    ) -> list[dict[str, float]]:
         """What the level database takes for best: within the budgets of `base`, and evolved."""
         losses = space.calibrated(base)
         genes = space.optimum(losses, base)
         found = [space.shares_of(genes)]
         generator = np.random.default_rng(self.seed)
-        half = None if deadline is None else (time.monotonic() + deadline) / 2
         with space.trials.progress.task("evolution of levels", extent.generations) as task:
             evolved = evolve(
                 [space.nearest(base), genes],
@@ -136,163 +162,92 @@ class Search:
                 score=space.score,
                 generations=extent.generations,
                 children=extent.children,
-                expired=lambda: half is not None and time.monotonic() > half,
+                expired=lambda: not pool.affords(4),
                 on_generation=task.advance,
             )
         return [*found, space.shares_of(evolved)]
 
 
-def spared(shares: Shares, rooms: Sequence[Room]) -> list[dict[str, float]]:
-    """These shares, and for each kind of site the same with its share halved, and nothing.
-
-    What one kind does not give the others are to give, see `_Space.scaled`.
-    """
-    kinds = list(dict.fromkeys(room.kinds for room in rooms))
-    found = [dict(shares)]
-    if len(kinds) > 1:
-        for kind in kinds:
-            for part in (0.5, 0.0):
-                found.append(
-                    {r.site: shares[r.site] * (part if r.kinds == kind else 1.0) for r in rooms}
-                )
-    return found
+def spare(pool: Pool, space: Space, start: Shares) -> None:
+    """Let a kind of site give less than in `start`, the others more: the first that it helps."""
+    rooms = space.context.rooms
+    for kind in kinds_of(rooms):
+        tries = (space.scaled(scaled_kind(start, rooms, kind, part)) for part in _PARTS)
+        if list(takewhile(pool.try_, tries)):
+            return
 
 
-def perturbed(
-    shares: Shares, rooms: Sequence[Room], generator: np.random.Generator
+def narrow(pool: Pool, space: Space) -> Space:
+    """Let the residual stream lose features, for as long as that helps; the space of the best."""
+    dense = space.context
+    assert dense.narrower, "a context without a run"
+    for part in _STREAM_PARTS:
+        try:
+            narrower = Space(dense.narrower(part), space.trials, part)
+        except PlanError as error:
+            logger.info("%s", error)
+            break
+        if not pool.try_(narrower.scaled(pool.best)):
+            break
+        space = narrower
+    return space
+
+
+def bend(pool: Pool, space: Space) -> None:
+    """Pattern search along waves over depth, from the best of the pool, until it closes."""
+    rooms = space.context.rooms
+    directions = list(waves(rooms))
+    signs = dict.fromkeys(directions, 1.0)
+    step = _LARGEST_WAVE
+    while pool.open and step >= _SMALLEST_WAVE:
+        better = False
+        for direction in directions:
+            for sign in (signs[direction], -signs[direction]):
+                change = waved(pool.best, rooms, *direction, sign * step)
+                if pool.try_(space.scaled(change)):
+                    better, signs[direction] = True, sign
+                    break
+        if not better:
+            step /= 2
+
+
+Kind = tuple[str, ...]
+
+
+def kinds_of(rooms: Sequence[Room]) -> list[Kind]:
+    """The kinds of site, those that hold less first."""
+    held: dict[Kind, int] = {}
+    for room in rooms:
+        held[room.kinds] = held.get(room.kinds, 0) + room.parameters
+    return sorted(held, key=held.__getitem__)
+
+
+def scaled_kind(shares: Shares, rooms: Sequence[Room], kind: Kind, part: float) -> dict[str, float]:
+    """These shares, those of one kind times `part`."""
+    return {r.site: shares[r.site] * (part if r.kinds == kind else 1.0) for r in rooms}
+
+
+def waves(rooms: Sequence[Room]) -> Iterator[tuple[Kind, int]]:
+    """Directions of change: a kind and a number of half-waves over depth, 0 being all alike."""
+    kinds = kinds_of(rooms)
+    for number in (1, 2, 0, 3):
+        # One kind alike in all layers is the others the other way round.
+        yield from ((kind, number) for kind in reversed(kinds if number else kinds[:-1]))
+
+
+def waved(
+    shares: Shares, rooms: Sequence[Room], kind: Kind, number: int, size: float
 ) -> dict[str, float]:
-    """Shares with a smooth random factor over depth, one for each kind of site.
+    """Shares of a kind times ``exp(size cos(pi number depth))``, depth going from 0 to 1.
 
-    The logarithm of the factor is a random walk's lowest three cosines, of standard deviation 0.15.
+    Branches that are left out stay so.
     """
-    result = dict(shares)
-    for kind in dict.fromkeys(room.kinds for room in rooms):
-        inside = [room.site for room in rooms if room.kinds == kind]
-        depth = (np.arange(len(inside)) + 0.5) / len(inside)
-        waves = np.stack([np.cos(np.pi * k * depth) for k in range(3)])
-        change = generator.normal(0, 0.15, 3) @ waves
-        for site, factor in zip(inside, np.exp(change), strict=True):
-            result[site] *= float(factor)
-    return result
-
-
-@dataclass(frozen=True)
-class _Space:
-    """The level database of one search, and the arithmetic of levels and shares."""
-
-    context: Context
-    trials: Trials
-    need: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        total = self.context.target * sum(self.context.blocks.values())
-        object.__setattr__(self, "need", total)
-
-    def scaled(self, shares: Shares) -> dict[str, float]:
-        """Shares that add up to the target, none above what its site can give."""
-        result = {room.site: max(0.0, shares[room.site]) for room in self.context.rooms}
-        most = {room.site: float(room.most) for room in self.context.rooms}
-        for _ in range(len(result)):
-            free = {site for site, share in result.items() if 0 < share < most[site]}
-            taken = sum(share for site, share in result.items() if site not in free)
-            given = sum(result[site] for site in free)
-            if not free or given <= 0:
-                break
-            factor = max(0.0, (self.need - taken) / given)
-            result = {
-                site: min(share * factor, most[site]) if site in free else share
-                for site, share in result.items()
-            }
-            if abs(sum(result.values()) - self.need) < 1:
-                return result
-        # Those that were spared have to help out.
-        missing = self.need - sum(result.values())
-        room_left = sum(most[site] - share for site, share in result.items())
-        part = min(1.0, max(0.0, missing / room_left)) if room_left > 0 else 0.0
-        return {site: share + part * (most[site] - share) for site, share in result.items()}
-
-    def blend(self, base: Shares, found: Shares, part: float) -> dict[str, float]:
-        """``part`` of the way from `base` to `found`."""
-        return self.scaled({s: (1 - part) * base[s] + part * found[s] for s in base})
-
-    def nearest(self, shares: Shares) -> Genes:
-        """The levels nearest to shares."""
-        return tuple(
-            int(np.argmin(np.abs(self.trials.levels[room.site].removed - shares[room.site])))
-            for room in self.context.rooms
-        )
-
-    def shares_of(self, genes: Genes) -> dict[str, float]:
-        """What levels remove, scaled to the target."""
-        return self.scaled(
-            {
-                room.site: float(self.trials.levels[room.site].removed[level])
-                for room, level in zip(self.context.rooms, genes, strict=True)
-            }
-        )
-
-    def score(self, genes: Genes, generation: int) -> float:
-        """Divergence of the stitched levels on one held-out batch, another each generation."""
-        chosen = {r.site: g for r, g in zip(self.context.rooms, genes, strict=True)}
-        return self.trials.stitched(chosen, [generation % self.trials.parts])
-
-    def calibrated(self, base: Shares) -> list[FloatArray]:
-        """The loss of every level, in nats.
-
-        A site's curve is scaled to the divergence that the site alone causes at the level nearest
-        to its share in `base`.
-        """
-        losses = []
-        with self.trials.progress.task("each site alone", len(self.context.rooms)) as task:
-            for room, near in zip(self.context.rooms, self.nearest(base), strict=True):
-                levels = self.trials.levels[room.site]
-                level = min(max(near, 1), len(levels.loss) - 1)
-                alone = self.trials.stitched({room.site: level}, [0])
-                scale = alone / levels.loss[level] if levels.loss[level] > 0 else 0.0
-                losses.append(levels.loss * max(scale, 0.0))
-                task.advance()
-        return losses
-
-    def optimum(self, losses: Sequence[FloatArray], base: Shares) -> Genes:
-        """Least calibrated loss within the budget that `base` gives each kind of site."""
-        rooms = self.context.rooms
-        genes = [0] * len(rooms)
-        for kind in dict.fromkeys(room.kinds for room in rooms):
-            inside = [i for i, room in enumerate(rooms) if room.kinds == kind]
-            need = sum(base[rooms[i].site] for i in inside)
-            unit = max(need / _RESOLUTION, 1.0)
-            costs = [
-                np.floor(
-                    np.minimum(self.trials.levels[rooms[i].site].removed, rooms[i].most) / unit
-                ).astype(np.int64)
-                for i in inside
-            ]
-            most = sum(int(cost.max()) for cost in costs)
-            found = cheapest_levels([losses[i] for i in inside], costs, min(int(need / unit), most))
-            for i, level in zip(inside, found, strict=True):
-                genes[i] = level
-        return tuple(genes)
-
-    def mutated(self, genes: Genes, generator: np.random.Generator) -> Genes:
-        """One site gives a level more; others, mostly of its kind, less until the total is met."""
-        rooms, levels = self.context.rooms, self.trials.levels
-        child = list(genes)
-        wanted = self._removed(genes)
-        up = int(generator.integers(len(rooms)))
-        child[up] = min(child[up] + 1, len(levels[rooms[up].site].removed) - 1)
-        for _ in range(4 * len(rooms)):
-            excess = self._removed(child) - wanted
-            down = int(generator.integers(len(rooms)))
-            stays_in_kind = rooms[down].kinds == rooms[up].kinds or generator.random() < 0.2
-            if excess <= 0:
-                break
-            if down == up or not child[down] or not stays_in_kind:
-                continue
-            removed = levels[rooms[down].site].removed
-            if removed[child[down]] - removed[child[down] - 1] <= 2 * excess:
-                child[down] -= 1
-        return tuple(child)
-
-    def _removed(self, genes: Sequence[int]) -> int:
-        rooms, levels = self.context.rooms, self.trials.levels
-        return sum(int(levels[r.site].removed[g]) for r, g in zip(rooms, genes, strict=True))
+    inside = [room for room in rooms if room.kinds == kind]
+    depth = (np.arange(len(inside)) + 0.5) / len(inside)
+    factors = np.exp(size * np.cos(np.pi * number * depth))
+    changed = {
+        room.site: shares[room.site] * float(factor)
+        for room, factor in zip(inside, factors, strict=True)
+        if not room.left_out(shares[room.site])
+    }
+    return {**shares, **changed}

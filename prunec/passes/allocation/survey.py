@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -83,7 +84,13 @@ class DenseSurvey:
         return dict(zip(along, (total / count.clamp_min(1)).tolist(), strict=True))
 
     def trials(
-        self, *, fit_tokens: int, held_tokens: int, levels: int = 9, seed: int = 0
+        self,
+        *,
+        fit_tokens: int,
+        held_tokens: int,
+        levels: int = 9,
+        branches: Mapping[str, int] | None = None,
+        seed: int = 0,
     ) -> DenseTrials:
         """Pruning for trial, on parts of the batches that are spread over all of them."""
         self._check_data()
@@ -92,8 +99,16 @@ class DenseSurvey:
                 "an allocation that prunes for trial needs the weights in memory",
                 fix="load the model (--in-memory), or use another allocation, such as log-increase",
             )
-        fit, held = split(self._setup.batches, fit_tokens=fit_tokens, held_tokens=held_tokens)
-        return DenseTrials(self._setup.afresh(fit), held, count=levels, seed=seed)
+        batches = self._setup.batches
+        fit, held = split(batches, fit_tokens=fit_tokens, held_tokens=held_tokens)
+        return DenseTrials(
+            self._setup.afresh(fit),
+            held,
+            count=levels,
+            branches=branches,
+            seed=seed,
+            whole=len(batches),
+        )
 
     def _check_data(self) -> None:
         if not self._setup.batches:

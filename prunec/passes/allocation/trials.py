@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,9 +14,9 @@ from torch import Tensor
 from prunec.events import silent
 from prunec.graph.selection import Selection
 from prunec.importance.gradients import GRADIENT_STATISTICS
-from prunec.passes.allocation.levels import Cut, Levels, stitch
+from prunec.passes.allocation.levels import LEFT_OUT, Cut, Levels, stitch
 from prunec.passes.compensation.closed_form import ObsCompensation
-from prunec.passes.prune import keeps_of, mend, prune_sites
+from prunec.passes.prune import keeps_of, mend, output_energy, prune_sites, silenced
 from prunec.passes.setup import Setup
 from prunec.passes.sites import site_problem
 from prunec.passes.slice import Weights
@@ -25,7 +26,9 @@ from prunec.passes.targets.budget import Budget
 Batches = Sequence[Mapping[str, Tensor]]
 
 # Rows of the output that are compared, per batch: a dense row of 50,000 logits is 200 kB.
-_ROWS = 64
+_ROWS = 256
+# Where many batches do not fit, a stream computes some values twice.
+_MANY_BATCHES = 1.5
 
 
 class DenseTrials:
@@ -35,7 +38,9 @@ class DenseTrials:
         fit: what to prune, with the batches that statistics are taken on.
         held: batches on which outputs are compared.
         count: levels per site.
+        branches: by site, the parameters of a branch that one more level leaves out.
         seed: draws the rows that are compared.
+        whole: number of batches that the pruning after the search reads.
     """
 
     def __init__(
@@ -44,13 +49,18 @@ class DenseTrials:
         held: Batches,
         *,
         count: int = 9,
+        branches: Mapping[str, int] | None = None,
         seed: int = 0,
+        whole: int = 0,
     ):
         self.progress = fit.progress
         self._fit = replace(fit, progress=silent)
         self._held = held
         self._count = count
+        self._branches = branches or {}
         self._seed = seed
+        self._whole = whole
+        self.final_seconds = 0.0
 
     @property
     def parts(self) -> int:
@@ -59,7 +69,12 @@ class DenseTrials:
 
     def repruned(self, budget: Budget) -> float:
         """Divergence after pruning site by site, each on what the pruned part before it gives."""
+        start = time.monotonic()
         pruned = prune_sites(self._fit.afresh(self._fit.batches), budget)
+        seconds = time.monotonic() - start
+        more = self._whole / len(self._fit.batches)
+        more = more if more <= 1 else _MANY_BATCHES * more
+        self.final_seconds = seconds + (more - 1) * pruned.streaming
         return self.divergence(pruned.weights)
 
     def stitched(self, chosen: Mapping[str, int], parts: Sequence[int] | None = None) -> float:
@@ -102,7 +117,14 @@ class DenseTrials:
                 held = problem.size({group.name: group.size for group in site.groups})
                 levels[site.name] = found = Levels.of(curve, held, self._count)
                 cuts[site.name] = []
+                energy = output_energy(problem.weight, statistics)
+                if site.name in self._branches and energy is not None:
+                    found = found.and_left_out(self._branches[site.name], energy)
+                    levels[site.name] = found
                 for step in found.steps:
+                    if step == LEFT_OUT:
+                        cuts[site.name].append(Cut({}, silenced(site, weights)))
+                        continue
                     keeps = keeps_of(setup.coupling, curve.keep(problem, int(step)))
                     mask = Selection(keeps).mask(
                         setup.coupling.layout.parameters[site.parameter][site.axis]

@@ -4,68 +4,27 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph
+from prunec.graph.selection import Selection
 from prunec.importance.curves import RemovalCurve
-from prunec.importance.problem import FloatArray
+from prunec.importance.problem import BoolArray, FloatArray
 from prunec.passes.allocation.context import Context, Room, Survey
 from prunec.passes.allocation.uniform import Allocation
+from prunec.passes.channels import HIDDEN, heaviest
+from prunec.passes.depth import own_branches
 from prunec.passes.sites import Site
+from prunec.passes.targets.accounts import Account, check_reachable, totals_after, within
 from prunec.passes.targets.constraints import Constraints, counts_along
-from prunec.passes.targets.costs import Measure, Parameters
+from prunec.passes.targets.costs import Parameters
 from prunec.passes.targets.goal import TOLERANCE, Goal, amount, block_parameters
 
 __all__ = ["TOLERANCE", "Budget", "block_budget", "block_parameters"]
-
-
-@dataclass(frozen=True)
-class Account:
-    """What one site holds and can give, in the goal's measure.
-
-    Attributes:
-        parameters: held by the site's groups.
-        cost: of the dense site.
-        least, most: what the constraints force it, and allow it, to give.
-        step: what the smallest step that the constraints allow gives.
-        unit: what the smallest unit gives, whatever they allow.
-    """
-
-    site: Site
-    parameters: int
-    cost: float
-    least: float
-    most: float
-    step: float
-    unit: float
-
-    @classmethod
-    def of(
-        cls, site: Site, measure: Measure, sizes: Parameters, constraints: Constraints
-    ) -> Account:
-        cost, held = measure.at(site, {}), round(sizes.at(site, {}))
-        floor = {group.name: constraints.least(group) for group in site.groups}
-        steps = {group.name: constraints.step(group) for group in site.groups}
-        # Of a group whose size is no multiple, the odd units must go.
-        forced = {g.name: g.size // steps[g.name] * steps[g.name] for g in site.groups}
-        most = min(cost - measure.at(site, floor), constraints.maximum * cost)
-        least = max(cost - measure.at(site, forced), constraints.minimum * cost)
-        gives = [
-            cost - measure.at(site, {group.name: group.size - steps[group.name]})
-            for group in site.groups
-            if group.size - steps[group.name] >= floor[group.name]
-        ]
-        unit = min(cost - measure.at(site, {g.name: g.size - 1}) for g in site.groups)
-        return cls(site, held, cost, min(least, most), most, min(gives, default=0.0), unit)
-
-    @classmethod
-    def protected(cls, site: Site, measure: Measure, sizes: Parameters) -> Account:
-        """Of a site that stays whole."""
-        open_ = cls.of(site, measure, sizes, Constraints())
-        return replace(open_, least=0.0, most=0.0, step=0.0)
 
 
 class Budget:
@@ -73,6 +32,8 @@ class Budget:
 
     Args:
         wants: cost to remove at each site, by site name.
+        left_out: names of the sites whose branches are left out.
+        narrowed: features of the residual stream that go before the first site is reached.
     """
 
     def __init__(
@@ -82,7 +43,12 @@ class Budget:
         wants: Mapping[str, float],
         accounts: Mapping[str, Account],
         constraints: Constraints,
+        *,
+        left_out: Collection[str] = (),
+        narrowed: Selection | None = None,
     ):
+        self.narrowed = narrowed or Selection()
+        self._left_out = frozenset(left_out)
         self.goal = goal
         self._sizes = sizes
         self.constraints = constraints
@@ -90,6 +56,9 @@ class Budget:
         self._accounts = dict(accounts)
         self.removed = 0.0
         self._carry = 0.0
+        shared = {name: a for name, a in accounts.items() if len(a.site.nodes) > 1}
+        ordered = shared | dict(accounts)
+        self._totals_after = totals_after(ordered, goal, constraints, self._left_out)
 
     @property
     def rounding(self) -> float:
@@ -117,6 +86,8 @@ class Budget:
         """Parameters at which a curve has every point that could be chosen; None: at its end."""
         account = self._accounts[site.name]
         asked = self._asked(site)
+        if len(self._totals_after.get(site.name, ())) > 1:
+            return None  # which point it is depends on what the later ones can come to
         if self._counts_parameters and not self.constraints.rounds and account.least <= 0:
             wished = {g.name: g.size - self.constraints.wish(g) + 1 for g in site.groups}
             return round(asked + account.parameters - self._sizes.at(site, wished))
@@ -151,12 +122,28 @@ class Budget:
                 fix="loosen multiple_of or tensor_parallel, or protect this layer",
             )
         removed = self._removed(account, curve)
+        if site.name in self._totals_after:
+            allowed[allowed] = self._can_be_met(site, removed[allowed])
         away = np.where(allowed, np.abs(removed - asked), np.inf)
         wished = np.where(self.constraints.wished(site, curve), away, np.inf)
         steps = int(np.argmin(wished if wished.min() <= self.goal.tolerance else away))
         self._carry = self._carry + self._wants.get(site.name, 0.0) - float(removed[steps])
         self.removed += float(removed[steps])
         return steps
+
+    def _can_be_met(self, site: Site, removed: FloatArray) -> BoolArray:
+        """Of what the site may remove, that with which the later ones can come to the target.
+
+        Where nothing does: that with which they come nearest.
+        """
+        left = self.goal.remove - self.removed - removed
+        totals = self._totals_after[site.name]
+        after = np.searchsorted(totals, left)
+        above = np.abs(totals[np.minimum(after, len(totals) - 1)] - left)
+        below = np.abs(totals[np.maximum(after - 1, 0)] - left)
+        miss = np.minimum(above, below)
+        near: BoolArray = miss <= max(self.goal.tolerance, float(miss.min()) * (1 + 1e-9))
+        return near
 
     @property
     def spent(self) -> tuple[float, float]:
@@ -166,6 +153,20 @@ class Budget:
     def restore(self, spent: tuple[float, float]) -> None:
         """Go on behind a site whose choice was made before (see `spent`)."""
         self._carry, self.removed = spent
+
+    def leaves_out(self, site: Site) -> bool:
+        """Whether the site's whole branch goes."""
+        return site.name in self._left_out
+
+    def leave_out(self, site: Site) -> None:
+        """The site's whole branch goes; that is exactly what was asked of it."""
+        self.removed += self._accounts[site.name].branch_cost
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the branches that are left out, in the order of the graph."""
+        branches = {name: self._accounts[name].branch for name in self._accounts}
+        return tuple(b.name for name, b in branches.items() if b and name in self._left_out)
 
     def skip(self, site: Site) -> None:
         """This site gives nothing; what it was asked for goes on to the next."""
@@ -186,8 +187,8 @@ class Budget:
             raise PlanError(
                 f"{amount(kind, self.goal.remove)} were to go, "
                 f"whole units come to {amount(kind, self.removed)}",
-                so=f"what these units and constraints came to is {reached}",
-                fix="ask for that or near it, let finer units be pruned, or loosen the constraints",
+                so=f"the nearest that these units and constraints come to is {reached}",
+                fix="ask for that, let finer units be pruned, or loosen the constraints",
             )
 
     @property
@@ -197,6 +198,8 @@ class Budget:
     def _asked(self, site: Site) -> float:
         """Cost that a site is asked for now, within what it must and can give."""
         account = self._accounts[site.name]
+        if self.leaves_out(site):
+            return account.branch_cost
         share = self._wants.get(site.name, 0.0)
         return min(max(self._carry + share, account.least), account.most)
 
@@ -242,44 +245,116 @@ def block_budget(
     """
     if not isinstance(goal, Goal):
         goal = Goal.on(coupling, goal)
-    constraints = constraints or Constraints()
-    blocks = block_parameters(coupling)
-    sizes = Parameters(coupling)
-    accounts = {
-        site.name: Account.of(site, goal.measure, sizes, constraints)
-        if not constraints.protects(site, list(blocks))
-        else Account.protected(site, goal.measure, sizes)
-        for site in sites
-    }
-    _check_reachable(goal, accounts.values())
-    rooms = [
-        Room(
-            site.name,
-            _home(site, blocks),
-            accounts[site.name].parameters,
-            round(_part(accounts[site.name]) * accounts[site.name].parameters),
-            tuple(group.kind for group in site.groups),
-        )
-        for site in sites
-    ]
-    open_rooms = [room for room in rooms if room.most > 0]
-    homes = {room.block for room in open_rooms}
-    prunable = {block: size for block, size in blocks.items() if block in homes}
-    # Blocks in which nothing can be pruned give their part through the others.
-    total = sum(accounts[room.site].cost for room in open_rooms)
-    if isinstance(goal.measure, Parameters):
-        total = sum(prunable.values())
+    question = _Question(coupling, sites, goal, constraints or Constraints(), survey)
+    context = question.context()
+    return context.budget(allocation.shares(context))
 
-    def budget(shares: Mapping[str, float]) -> Budget:
+
+@dataclass(frozen=True)
+class _Question:
+    """How a goal is to be split over the sites of a model.
+
+    Attributes:
+        narrowed: features of the residual stream that go before; the goal is what is then left.
+    """
+
+    coupling: CouplingGraph
+    sites: Sequence[Site]
+    goal: Goal
+    constraints: Constraints
+    survey: Survey | None
+    narrowed: Selection = field(default_factory=Selection)
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        return block_parameters(self.coupling, self.narrowed.counts)
+
+    @cached_property
+    def sizes(self) -> Parameters:
+        return Parameters(self.coupling, self.narrowed.counts)
+
+    @cached_property
+    def accounts(self) -> dict[str, Account]:
+        measure, limits = self.goal.measure, self.constraints
+        found = {
+            site.name: Account.protected(site, measure, self.sizes)
+            if limits.protects(site, list(self.blocks))
+            else Account.of(site, measure, self.sizes, limits)
+            for site in self.sites
+        }
+        check_reachable(self.goal, found.values())
+        branches = own_branches(self.coupling, self.sites) if limits.maximum >= 1 else {}
+        return {
+            name: account.with_branch(branches.get(name), measure)
+            for name, account in found.items()
+        }
+
+    @cached_property
+    def rooms(self) -> list[Room]:
+        return [_room(account, self.blocks, self.sizes) for account in self.accounts.values()]
+
+    def context(self) -> Context:
+        """The question as an allocation is asked it.
+
+        Raises:
+            PlanError: the goal cannot be reached.
+        """
+        rooms = [room for room in self.rooms if room.most > 0]
+        homes = {room.block for room in rooms}
+        prunable = {block: size for block, size in self.blocks.items() if block in homes}
+        # Blocks in which nothing can be pruned give their part through the others.
+        total = sum(self.accounts[room.site].cost for room in rooms)
+        if isinstance(self.goal.measure, Parameters):
+            total = sum(prunable.values())
+        ratio = self.goal.remove / total
+        narrower = None if self.narrowed else self.narrower
+        return Context(ratio, prunable, rooms, self.survey, self.budget, narrower)
+
+    def narrower(self, part: float) -> Context:
+        """The same question on a model that keeps this part of the features of its stream."""
+        return self._narrower(part).context()
+
+    def _narrower(self, part: float) -> _Question:
+        state = self.coupling.program.state
+        narrowed = heaviest(self.coupling, part, self.constraints, state)
+        return replace(
+            self, goal=self.goal.narrowed(self.coupling, narrowed.counts), narrowed=narrowed
+        )
+
+    def budget(self, shares: Mapping[str, float]) -> Budget:
+        """The budget of shares, the part of the stream that is kept perhaps among them."""
+        if HIDDEN in shares:
+            others = {name: share for name, share in shares.items() if name != HIDDEN}
+            return self._narrower(shares[HIDDEN]).budget(others)
+        left_out = {room.site for room in self.rooms if room.left_out(shares.get(room.site, 0.0))}
+        gone = {name: self.accounts[name].branch_cost for name in left_out}
         wants = {
             name: shares.get(name, 0.0) / account.parameters * account.cost
-            for name, account in accounts.items()
+            for name, account in self.accounts.items()
+            if name not in left_out
         }
-        wants = _settle_tail(_within(wants, accounts, goal.remove), accounts, goal.tolerance)
-        return Budget(goal, sizes, wants, accounts, constraints)
+        rest = max(0.0, self.goal.remove - sum(gone.values()))
+        return Budget(
+            self.goal,
+            self.sizes,
+            {**within(wants, self.accounts, rest), **gone},
+            self.accounts,
+            self.constraints,
+            left_out=left_out,
+            narrowed=self.narrowed,
+        )
 
-    context = Context(goal.remove / total, prunable, open_rooms, survey, budget)
-    return budget(allocation.shares(context))
+
+def _room(account: Account, blocks: Mapping[str, int], sizes: Parameters) -> Room:
+    site, branch = account.site, account.branch
+    return Room(
+        site=site.name,
+        block=_home(site, blocks),
+        parameters=account.parameters,
+        most=round(account.most / account.cost * account.parameters),
+        kinds=tuple(group.kind for group in site.groups),
+        branch=0 if branch is None else round(sizes.branch(site, branch)),
+    )
 
 
 def _home(site: Site, blocks: Mapping[str, int]) -> str:
@@ -288,78 +363,3 @@ def _home(site: Site, blocks: Mapping[str, int]) -> str:
         return str(site.block)
     inside = [block for block in blocks if site.parameter.startswith(f"{block}.")]
     return inside[0] if inside else next(iter(blocks))
-
-
-def _part(account: Account) -> float:
-    return account.most / account.cost
-
-
-def _check_reachable(goal: Goal, accounts: Collection[Account]) -> None:
-    if not accounts:
-        raise PlanError("nothing can be pruned in this model", fix="see `prunec analyze --why`")
-    kind = goal.target.kind
-    most = sum(account.most for account in accounts)
-    least = sum(account.least for account in accounts)
-    slack = max(goal.tolerance, max(account.step for account in accounts))
-    if goal.remove - goal.tolerance > most:
-        what = (
-            f"{goal.target.value:.1%} of the blocks' {round(goal.of):,} parameters"
-            if kind == "ratio"
-            else f"{amount(kind, goal.remove)} of {amount(kind, goal.of)}"
-        )
-        reach = (
-            f"the largest ratio that leaves one unit everywhere is {most / goal.of:.3f}"
-            if kind == "ratio"
-            else f"at least {amount(kind, goal.of - most)} ({1 - most / goal.of:.2%}) are left"
-        )
-        raise PlanError(
-            f"{what} cannot be removed", so=reach, fix="ask for less, or loosen the constraints"
-        )
-    if least > goal.remove + slack:
-        raise PlanError(
-            f"the constraints remove {amount(kind, least)}, more than the target",
-            so=f"at most {amount(kind, goal.of - least)} are left",
-            fix="ask for more, or loosen the constraints",
-        )
-
-
-def _within(
-    wants: Mapping[str, float], accounts: Mapping[str, Account], total: float
-) -> dict[str, float]:
-    """The wants scaled to a total, each within what its site must and can give.
-
-    What one site cannot give is asked of the others, in proportion to what they have left; what
-    one gives more, in proportion to what the others can save.
-    """
-    scale = total / sum(wants.values()) if any(wants.values()) else 0.0
-    if abs(scale - 1) > 1e-6:
-        wants = {name: scale * want for name, want in wants.items()}
-    result = {
-        name: min(max(want, accounts[name].least), accounts[name].most)
-        for name, want in wants.items()
-    }
-    missing = total - sum(result.values())
-    bound = {name: (a.most if missing > 0 else a.least) for name, a in accounts.items()}
-    room = {name: bound[name] - want for name, want in result.items()}
-    if abs(missing) < 1e-9 * total or not any(room.values()):
-        return result
-    part = min(1.0, missing / sum(room.values()))
-    return {name: want + part * room[name] for name, want in result.items()}
-
-
-def _settle_tail(
-    wants: Mapping[str, float], accounts: Mapping[str, Account], fine: float
-) -> dict[str, float]:
-    """Behind the last fine site nothing can take up a remainder: ask for whole units there."""
-    names = list(wants)
-    anchors = [i for i, name in enumerate(names) if 0 < accounts[name].step <= fine]
-    if not anchors:
-        return dict(wants)
-    result = dict(wants)
-    anchor = names[anchors[-1]]
-    for name in names[anchors[-1] + 1 :]:
-        step = accounts[name].step
-        whole = round(wants[name] / step) * step if step else 0.0
-        result[anchor] += wants[name] - whole
-        result[name] = whole
-    return result

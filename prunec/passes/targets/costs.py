@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from prunec.errors import PlanError
+from prunec.graph.branches import Branch
 from prunec.graph.cost import Counts, flops, node_flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim, extent
@@ -28,25 +29,38 @@ class Measure(Protocol):
     def at(self, site: Site, counts: UnitCounts) -> float:
         """Of everything that carries the site's units, when its groups keep these many."""
 
+    def branch(self, site: Site, branch: Branch) -> float:
+        """Of a residual branch that ends in the site."""
+
 
 class Parameters:
-    """Number of parameters, tied ones once."""
+    """Number of parameters, tied ones once.
 
-    def __init__(self, coupling: CouplingGraph):
+    Args:
+        fixed: units that are left of leaves of no site, such as the residual stream.
+    """
+
+    def __init__(self, coupling: CouplingGraph, fixed: Counts | None = None):
         self._coupling = coupling
+        self._fixed = fixed or {}
 
     def whole(self) -> float:
-        return parameter_count(self._coupling)
+        return parameter_count(self._coupling, self._fixed)
 
     def at(self, site: Site, counts: UnitCounts) -> float:
-        return parameter_count(self._coupling, by_dim(site, counts), site_parameters(site))
+        kept = {**self._fixed, **by_dim(site, counts)}
+        return parameter_count(self._coupling, kept, site_parameters(site))
+
+    def branch(self, site: Site, branch: Branch) -> float:
+        return parameter_count(self._coupling, self._fixed, branch.parameters)
 
 
 class Memory:
-    """Bytes of the parameters, in the dtype that each has."""
+    """Bytes of the parameters, in the dtype that each has; `fixed` as for `Parameters`."""
 
-    def __init__(self, coupling: CouplingGraph):
+    def __init__(self, coupling: CouplingGraph, fixed: Counts | None = None):
         self._coupling = coupling
+        self._fixed = fixed or {}
 
     def whole(self) -> float:
         return self._bytes(list(self._coupling.program.parameters), {})
@@ -54,8 +68,12 @@ class Memory:
     def at(self, site: Site, counts: UnitCounts) -> float:
         return self._bytes(site_parameters(site), by_dim(site, counts))
 
+    def branch(self, site: Site, branch: Branch) -> float:
+        return self._bytes(list(branch.parameters), {})
+
     def _bytes(self, names: list[str], kept: Counts) -> int:
         layout, state = self._coupling.layout, self._coupling.program.state
+        kept = {**self._fixed, **kept}
         return sum(
             math.prod(extent(dim, kept) for dim in layout.parameters[name])
             * state[name].element_size()
@@ -64,20 +82,25 @@ class Memory:
 
 
 class Flops:
-    """FLOPs of one forward pass at the traced shape (see `prunec.graph.cost.flops`)."""
+    """FLOPs of one forward pass at the traced shape; `fixed` as for `Parameters`."""
 
-    def __init__(self, coupling: CouplingGraph):
+    def __init__(self, coupling: CouplingGraph, fixed: Counts | None = None):
         self._coupling = coupling
+        self._fixed = fixed or {}
         self._carriers: dict[str, list[fx.Node]] = {}
 
     def whole(self) -> float:
-        return flops(self._coupling)
+        return flops(self._coupling, self._fixed)
 
     def at(self, site: Site, counts: UnitCounts) -> float:
         if site.name not in self._carriers:
             self._carriers[site.name] = carriers(self._coupling, site)
-        kept, layout = by_dim(site, counts), self._coupling.layout
+        kept, layout = {**self._fixed, **by_dim(site, counts)}, self._coupling.layout
         return sum(node_flops(node, layout, kept) for node in self._carriers[site.name])
+
+    def branch(self, site: Site, branch: Branch) -> float:
+        layout = self._coupling.layout
+        return sum(node_flops(node, layout, self._fixed) for node in branch.nodes)
 
 
 class KvCache:
@@ -113,6 +136,9 @@ class KvCache:
             if own & {leaf.root for dim in dims for leaf in dim.leaves()}
         )
 
+    def branch(self, site: Site, branch: Branch) -> float:
+        return self.at(site, {})
+
     def _bytes(self, dims: tuple[Dim, ...], element_size: int, kept: Counts) -> int:
         heads = math.prod(
             extent(leaf, kept) for leaf in dims[-3].leaves() if not leaf.has("shared")
@@ -120,15 +146,24 @@ class KvCache:
         return heads * extent(dims[-1], kept) * element_size
 
 
-def measure_for(kind: str, coupling: CouplingGraph) -> Measure:
-    """The measure of a kind of target (see `prunec.passes.targets.target.KINDS`)."""
-    made: Mapping[str, Callable[[CouplingGraph], Measure]] = {
+def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None) -> Measure:
+    """The measure of a kind of target (see `prunec.passes.targets.target.KINDS`).
+
+    Args:
+        fixed: units that are left of leaves of no site.
+
+    Raises:
+        PlanError: there are some, and the measure does not count them.
+    """
+    if kind in ("kv-cache", "latency"):
+        if fixed:
+            raise PlanError(f"a {kind} target does not tell what the residual stream's width costs")
+        return KvCache(coupling) if kind == "kv-cache" else LatencyMeasure(coupling)
+    made: Mapping[str, Callable[[CouplingGraph, Counts | None], Measure]] = {
         "flops": Flops,
-        "kv-cache": KvCache,
         "memory": Memory,
-        "latency": LatencyMeasure,
     }
-    return made.get(kind, Parameters)(coupling)
+    return made.get(kind, Parameters)(coupling, fixed)
 
 
 def by_dim(site: Site, counts: UnitCounts) -> dict[Dim, int]:

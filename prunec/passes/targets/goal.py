@@ -59,6 +59,20 @@ class Goal:
             )
         return cls(target, measure, whole, whole - left, TOLERANCE * left)
 
+    def narrowed(self, coupling: CouplingGraph, counts: Counts) -> Goal:
+        """What is left to be removed once leaves of no site keep these many units.
+
+        Raises:
+            PlanError: nothing is, or the measure does not count them.
+        """
+        measure = measure_for(self.target.kind, coupling, counts)
+        ratio = self.target.kind == "ratio"
+        of = sum(block_parameters(coupling, counts).values()) if ratio else measure.whole()
+        remove = self.remove - (self.of - of)
+        if remove <= self.tolerance:
+            raise PlanError(f"{self.target}: a narrower residual stream is beyond it by itself")
+        return replace(self, measure=measure, of=of, remove=remove)
+
     def concerned(self, sites: Sequence[Site]) -> list[Site]:
         """The sites, with those of their groups alone, whose units count towards the target.
 

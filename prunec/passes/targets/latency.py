@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from prunec.errors import PlanError
+from prunec.graph.branches import Branch
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.program import Program
 from prunec.graph.resize import resized_call
@@ -56,6 +57,9 @@ class LatencyMeasure:
             self._tables[site.name] = widths, times
         widths, times = self._tables[site.name]
         return float(np.interp(full[group.name], widths, times))
+
+    def branch(self, site: Site, branch: Branch) -> float:
+        return self.at(site, {})
 
     def _seconds(self, site: Site, counts: Mapping[str, int]) -> float:
         selection = Selection(

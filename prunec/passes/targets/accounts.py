@@ -1,0 +1,184 @@
+"""What each site holds and can give, and how a total is split within that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from prunec.errors import PlanError
+from prunec.graph.branches import Branch
+from prunec.importance.problem import FloatArray
+from prunec.passes.sites import Site
+from prunec.passes.targets.constraints import Constraints
+from prunec.passes.targets.costs import Measure, Parameters
+from prunec.passes.targets.goal import Goal, amount
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one site holds and can give, in the goal's measure.
+
+    Attributes:
+        parameters: held by the site's groups.
+        cost: of the dense site.
+        least, most: what the constraints force it, and allow it, to give.
+        step: what the smallest step that the constraints allow gives.
+        unit: what the smallest unit gives, whatever they allow.
+        branch: the residual branch that the site can leave out whole, if it can.
+        branch_cost: what that gives.
+    """
+
+    site: Site
+    parameters: int
+    cost: float
+    least: float
+    most: float
+    step: float
+    unit: float
+    branch: Branch | None = None
+    branch_cost: float = 0.0
+
+    @classmethod
+    def of(
+        cls, site: Site, measure: Measure, sizes: Parameters, constraints: Constraints
+    ) -> Account:
+        cost, held = measure.at(site, {}), round(sizes.at(site, {}))
+        floor = {group.name: constraints.least(group) for group in site.groups}
+        steps = {group.name: constraints.step(group) for group in site.groups}
+        # Of a group whose size is no multiple, the odd units must go.
+        forced = {g.name: g.size // steps[g.name] * steps[g.name] for g in site.groups}
+        most = min(cost - measure.at(site, floor), constraints.maximum * cost)
+        least = max(cost - measure.at(site, forced), constraints.minimum * cost)
+        gives = [
+            cost - measure.at(site, {group.name: group.size - steps[group.name]})
+            for group in site.groups
+            if group.size - steps[group.name] >= floor[group.name]
+        ]
+        unit = min(cost - measure.at(site, {g.name: g.size - 1}) for g in site.groups)
+        return cls(site, held, cost, min(least, most), most, min(gives, default=0.0), unit)
+
+    @classmethod
+    def protected(cls, site: Site, measure: Measure, sizes: Parameters) -> Account:
+        """Of a site that stays whole."""
+        open_ = cls.of(site, measure, sizes, Constraints())
+        return replace(open_, least=0.0, most=0.0, step=0.0)
+
+    def with_branch(self, branch: Branch | None, measure: Measure) -> Account:
+        """Of a site whose branch can be left out."""
+        if branch is None or self.most <= 0:
+            return self
+        return replace(self, branch=branch, branch_cost=measure.branch(self.site, branch))
+
+
+def check_reachable(goal: Goal, accounts: Collection[Account]) -> None:
+    """Raises PlanError where all that can go is too little, or what must go too much."""
+    if not accounts:
+        raise PlanError("nothing can be pruned in this model", fix="see `prunec analyze --why`")
+    kind = goal.target.kind
+    most = sum(account.most for account in accounts)
+    least = sum(account.least for account in accounts)
+    slack = max(goal.tolerance, max(account.step for account in accounts))
+    if goal.remove - goal.tolerance > most:
+        what = (
+            f"{goal.target.value:.1%} of the blocks' {round(goal.of):,} parameters"
+            if kind == "ratio"
+            else f"{amount(kind, goal.remove)} of {amount(kind, goal.of)}"
+        )
+        reach = (
+            f"the largest ratio that leaves one unit everywhere is {most / goal.of:.3f}"
+            if kind == "ratio"
+            else f"at least {amount(kind, goal.of - most)} ({1 - most / goal.of:.2%}) are left"
+        )
+        raise PlanError(
+            f"{what} cannot be removed", so=reach, fix="ask for less, or loosen the constraints"
+        )
+    if least > goal.remove + slack:
+        raise PlanError(
+            f"the constraints remove {amount(kind, least)}, more than the target",
+            so=f"at most {amount(kind, goal.of - least)} are left",
+            fix="ask for more, or loosen the constraints",
+        )
+
+
+def within(
+    wants: Mapping[str, float], accounts: Mapping[str, Account], total: float
+) -> dict[str, float]:
+    """The wants scaled to a total, each within what its site must and can give.
+
+    What one site cannot give is asked of the others, in proportion to what they have left; what
+    one gives more, in proportion to what the others can save.
+    """
+    scale = total / sum(wants.values()) if any(wants.values()) else 0.0
+    if abs(scale - 1) > 1e-6:
+        wants = {name: scale * want for name, want in wants.items()}
+    result = {
+        name: min(max(want, accounts[name].least), accounts[name].most)
+        for name, want in wants.items()
+    }
+    missing = total - sum(result.values())
+    bound = {name: (a.most if missing > 0 else a.least) for name, a in accounts.items()}
+    room = {name: bound[name] - want for name, want in result.items()}
+    if abs(missing) < 1e-9 * total or not any(room.values()):
+        return result
+    part = min(1.0, missing / sum(room.values()))
+    return {name: want + part * room[name] for name, want in result.items()}
+
+
+def whole_units(account: Account, measure: Measure, constraints: Constraints) -> FloatArray:
+    """What a site can give in whole units as the constraints allow, ascending.
+
+    Of several groups every combination is counted, whatever a removal curve goes through.
+    """
+    if account.most <= 0:
+        return np.zeros(1)
+    groups = account.site.groups
+    kept = [
+        range(constraints.least(group), group.size + 1, constraints.step(group)) for group in groups
+    ]
+    given = np.array(
+        [
+            account.cost
+            - measure.at(account.site, {g.name: n for g, n in zip(groups, counts, strict=True)})
+            for counts in itertools.product(*kept)
+        ]
+    )
+    slack = 1e-9 * account.cost
+    bounded = given[(given >= account.least - slack) & (given <= account.most + slack)]
+    return np.unique(bounded if len(bounded) else given)
+
+
+def totals_after(
+    accounts: Mapping[str, Account],
+    goal: Goal,
+    constraints: Constraints,
+    left_out: Collection[str] = (),
+) -> dict[str, FloatArray]:
+    """The totals that the sites after one another can come to, where all of those are coarse.
+
+    Args:
+        accounts: in the order in which the sites are pruned.
+        left_out: sites whose branches go, which is all that these give.
+
+    Returns:
+        By site; those before a site with units finer than the goal's tolerance are not in it: that
+        one can take up any remainder.
+    """
+    totals = np.zeros(1)
+    found: dict[str, FloatArray] = {}
+    for name, account in reversed(accounts.items()):
+        found[name] = totals
+        if name in left_out:
+            totals = totals + account.branch_cost
+            continue
+        if 0 < account.step <= goal.tolerance:
+            break
+        given = whole_units(account, goal.measure, constraints)
+        sums = np.unique(totals[:, None] + given)
+        sums = sums[sums <= goal.remove + goal.tolerance]
+        # Of totals that nobody can tell apart one is enough.
+        _, first = np.unique(np.floor(sums / goal.tolerance * 64), return_index=True)
+        totals = sums[first]
+    return found
