@@ -30,6 +30,7 @@ from prunec.errors import CheckpointError
 from prunec.importance.problem import BoolArray
 
 _RUN = "run.json"
+_SHARES = "shares.json"
 _KEPT, _UPDATED = "kept.", "updated."
 
 
@@ -103,6 +104,28 @@ class Journal:
         _write(path, content)
         self._files[number] = path
 
+    def recall_shares(self) -> dict[str, float] | None:
+        """What an allocation found in the run that goes on here; None if it had not.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = self._folder / _SHARES
+        if not path.is_file():
+            return None
+        try:
+            return {str(name): float(share) for name, share in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise _damaged(path) from error
+
+    def record_shares(self, shares: Mapping[str, float]) -> None:
+        """Write what an allocation found.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        _write(self._folder / _SHARES, json.dumps(dict(shares), indent=1).encode())
+
 
 class _Filed(Mapping[str, Tensor]):
     """The changed tensors of one site, each read when it is asked for."""
@@ -170,7 +193,8 @@ def opened_journal(
         yield Journal(folder)
     finally:
         os.close(lock)
-        if not any(folder.glob("[0-9]*-*")):  # stopped before the first site: nothing to go on from
+        done = (*folder.glob("[0-9]*-*"), *folder.glob(_SHARES))
+        if not done:  # stopped before the first site: nothing to go on from
             remove_journal(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch import Tensor
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.models import state_digest
 from prunec.models.digest import tensor_digest
+from prunec.passes.allocation.context import Context
 from prunec.passes.allocation.survey import DenseSurvey
-from prunec.passes.checkpoint import opened_journal
+from prunec.passes.allocation.uniform import Allocation
+from prunec.passes.checkpoint import Journal, opened_journal
 from prunec.passes.compensation.biases import with_biases
 from prunec.passes.depth import drop
 from prunec.passes.distributed import processes
@@ -40,22 +42,23 @@ def thin(run: Run) -> Result:
     setup = _measured(run, coupling, sites)
     goal = Goal.on(coupling, run.aim)
     setup = replace(setup, sites=goal.concerned(sites))
-    with run.clock("allocate"):
-        budget = block_budget(
-            coupling,
-            setup.sites,
-            run.allocation,
-            goal,
-            survey=DenseSurvey(setup),
-            constraints=run.recipe.constraints,
-        )
     together = processes()
     journal = opened_journal(
         run.checkpoint if together.first else None, _identity(run, setup), resume=run.resume
     )
-    with run.clock("prune"), journal as kept:
-        shared = replace(setup, batches=together.share(run.batches))
-        pruned = prune_sites(shared, budget, journal=kept)
+    with journal as kept:
+        with run.clock("allocate"):
+            budget = block_budget(
+                coupling,
+                setup.sites,
+                _Resumed(run.allocation, kept),
+                goal,
+                survey=DenseSurvey(setup),
+                constraints=run.recipe.constraints,
+            )
+        with run.clock("prune"):
+            shared = replace(setup, batches=together.share(run.batches))
+            pruned = prune_sites(shared, budget, journal=kept)
     result = run.deliver(
         _outcome(coupling, Plan.of(coupling, pruned.selection, budget.dropped), pruned.weights),
         sites=pruned.sites,
@@ -64,6 +67,34 @@ def thin(run: Run) -> Result:
         aim=_aim(goal, budget),
     )
     return _timed(run, coupling, result) if run.aim.kind == "latency" else result
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """An allocation that looks at data only once, also when the run is killed and goes on.
+
+    That takes its time, and a search bound by minutes finds something else each time.
+    """
+
+    allocation: Allocation
+    journal: Journal | None
+
+    @property
+    def needs_data(self) -> bool:
+        return self.allocation.needs_data
+
+    def shares(self, context: Context) -> Mapping[str, float]:
+        """Those of the journal, or those found now by all processes alike."""
+        journal = self.journal if self.needs_data else None
+        together = processes()
+        known = together.agreed(lambda: journal.recall_shares() if journal else None)
+        if known is not None:
+            return known
+        found = self.allocation.shares(context)
+        shares = together.agreed(lambda: found)
+        if journal:
+            journal.record_shares(shares)
+        return shares
 
 
 def _sites(run: Run) -> tuple[CouplingGraph, list[Site], list[Skipped]]:

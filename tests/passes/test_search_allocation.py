@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VOCABULARY, tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 
 import prunec
-from prunec.errors import PlanError
+from prunec.errors import CheckpointError, PlanError
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
 from prunec.passes.allocation.context import Context, Room
@@ -369,3 +371,33 @@ def test_a_run_that_searches_is_delivered_and_meets_its_target(hidden: bool) -> 
         settings=settings | {"allocation.hidden": hidden},
     )
     assert result.report.realised_ratio == pytest.approx(0.4, abs=0.005)
+
+
+def test_a_run_that_goes_on_searches_no_second_time(tmp_path: Path) -> None:
+    """What the journal holds is used: with other shares in it, others are asked for."""
+    options = {"allocation.effort": "fast", "allocation.minutes": None}
+    options |= {f"allocation.{key}": value for key, value in SMALL.items()}
+
+    def run(model: nn.Module, *, resume: bool) -> prunec.api.Result:
+        return prunec.prune(
+            model,
+            recipe="auto",
+            settings=options,
+            ratio=0.4,
+            calibration=batches(),
+            checkpoint=tmp_path / "progress",
+            resume=resume,
+        )
+
+    first = run(tiny_llama(), resume=False)
+    kept = tmp_path / "progress" / "shares.json"
+    shares = json.loads(kept.read_text())
+    kept.write_text(json.dumps(dict(zip(shares, reversed(shares.values()), strict=True))))
+    for site in (tmp_path / "progress").glob("[0-9]*-*"):
+        site.unlink()
+    again = run(tiny_llama(), resume=True)
+    wanted = [[site.wanted for site in result.report.sites] for result in (first, again)]
+    assert wanted[0] != wanted[1]
+    kept.write_text("[")
+    with pytest.raises(CheckpointError):
+        run(tiny_llama(), resume=True)

@@ -10,6 +10,7 @@ from math import inf
 import numpy as np
 
 from prunec.errors import PlanError
+from prunec.passes.distributed import processes
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Pool:
 
     def affords(self, trials: float) -> bool:
         """Whether the time is left for as much work as so many trials."""
-        return trials * self._longest <= self._left()
+        return processes().agreed(lambda: trials * self._longest <= self._left())
 
     def try_(self, shares: Shares) -> bool:
         """Try these shares, unless the pool is closed or they were tried before.
@@ -60,10 +61,11 @@ class Pool:
             return False
         start = time.monotonic()
         try:
-            score = self._trial(shares)
+            found = self._trial(shares)
         except PlanError as error:
             logger.info("a candidate cannot be met: %s", error)
-            score = inf
+            found = inf
+        score = processes().agreed(lambda: found)
         self._longest = max(self._longest, time.monotonic() - start)
         logger.info("candidate %d: divergence %.4f", len(self._tried), score)
         better = score < min((other for other, _ in self._tried), default=inf)

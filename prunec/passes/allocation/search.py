@@ -17,6 +17,7 @@ from prunec.passes.allocation.context import Context, Room
 from prunec.passes.allocation.evolution import Pool, Shares, evolve
 from prunec.passes.allocation.space import Space
 from prunec.passes.allocation.uniform import LogIncrease
+from prunec.passes.distributed import processes
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,8 @@ class Search:
                 expired=lambda: not pool.affords(4),
                 on_generation=task.advance,
             )
-        return [*found, space.shares_of(evolved)]
+        found.append(space.shares_of(evolved))
+        return processes().agreed(lambda: found)
 
 
 def spare(pool: Pool, space: Space, start: Shares) -> None:

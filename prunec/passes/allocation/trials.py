@@ -161,7 +161,7 @@ class DenseTrials:
         weights = self._fit.weights.dense()
         stream = weights.stream(self._held)
         found = []
-        (result,) = self._coupling.program.graph.find_nodes(op="output")
+        (result,) = self._fit.coupling.program.graph.find_nodes(op="output")
         for part, output in enumerate(stream.finish()):
             real = stream.real_tokens(part, result.args[0][0], output)
             rows = (
