@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import inf
@@ -55,9 +55,9 @@ class Search:
     Candidates, each pruned on one part of the calibration batches, site after site on what the
     pruned part before it gives, and judged on another part by ``KL(dense || pruned)``:
 
-    1. log-increase over the blocks, and the same with one kind of site (the attention layers, the
-       FFN layers) giving a half, a quarter, nothing of its share, for as long as less is better:
-       separate budgets;
+    1. log-increase over the blocks with one kind of site (the attention layers, the FFN layers)
+       giving a half of its share, log-increase as it is, and, for as long as less is better, a
+       quarter, nothing: separate budgets;
     2. the optimum of a level database (ZipLM, arXiv 2302.04089): each site of the dense model at
        `levels` sizes, the loss of each level calibrated by the divergence that the site alone
        causes at one of them, minimised by dynamic programming within the best budgets of 1; and
@@ -69,8 +69,8 @@ class Search:
 
     With `hidden`, before 3: a narrower residual stream, see :func:`narrow`.
 
-    The best by trial is returned, and log-increase is always tried: the result is never worse than
-    it, on the held-out part.
+    The best by trial is returned, and log-increase is tried second: where there is time for two
+    trials, the result is never worse than it on the held-out part.
 
     A branch (the attention or the FFN of a block) that is left out whole is one more level of its
     site, where the graph shows it to be one.
@@ -135,9 +135,7 @@ class Search:
                 return divergence
 
             pool = Pool(trial, extent.trials, left)
-            start = LogIncrease().shares(context)
-            pool.try_(start)
-            spare(pool, space, start)
+            spare(pool, space, LogIncrease().shares(context))
             if extent.generations and pool.affords(_DATABASE_TRIALS):
                 base = pool.best
                 for found in self._predicted(space, base, extent, pool):
@@ -171,11 +169,25 @@ class Search:
 
 
 def spare(pool: Pool, space: Space, start: Shares) -> None:
-    """Let a kind of site give less than in `start`, the others more: the first that it helps."""
+    """Try `start`, and what comes of it when a kind of site gives less of it and the others more.
+
+    That the kind which holds least, in most models attention, gives half comes first: of the
+    guesses that need no trial it was the best (docs/auto.md), so that no time for a second one
+    does not mean no gain.
+    """
     rooms = space.context.rooms
-    for kind in kinds_of(rooms):
-        tries = (space.scaled(scaled_kind(start, rooms, kind, part)) for part in _PARTS)
-        if list(takewhile(pool.try_, tries)):
+    least, *others = kinds_of(rooms)
+
+    def tries(kind: Kind, parts: Iterable[float]) -> Iterator[dict[str, float]]:
+        return (space.scaled(scaled_kind(start, rooms, kind, part)) for part in parts)
+
+    if others:
+        pool.try_(next(tries(least, _PARTS)))
+    if not pool.try_(start):
+        list(takewhile(pool.try_, tries(least, _PARTS[1:])))
+        return
+    for kind in others:
+        if list(takewhile(pool.try_, tries(kind, _PARTS))):
             return
 
 
