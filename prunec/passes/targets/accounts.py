@@ -168,7 +168,7 @@ def totals_after(
     """
     totals = np.zeros(1)
     found: dict[str, FloatArray] = {}
-    for name, account in reversed(accounts.items()):
+    for name, account in reversed(list(accounts.items())):
         found[name] = totals
         if name in left_out:
             totals = totals + account.branch_cost
