@@ -142,7 +142,7 @@ class Budget:
         above = np.abs(totals[np.minimum(after, len(totals) - 1)] - left)
         below = np.abs(totals[np.maximum(after - 1, 0)] - left)
         miss = np.minimum(above, below)
-        near: BoolArray = miss <= max(self.goal.tolerance, float(miss.min()) * (1 + 1e-9))
+        near: BoolArray = miss <= max(self._slack, float(miss.min()) * (1 + 1e-9))
         return near
 
     @property
@@ -175,10 +175,7 @@ class Budget:
     def close(self) -> None:
         """Raises PlanError if the total misses the target by more than the goal's tolerance."""
         kind, of = self.goal.target.kind, self.goal.of
-        slack = self.goal.tolerance
-        if kind in ("ratio", "latency"):
-            slack = max(slack, min(account.unit for account in self._accounts.values()))
-        if abs(self.removed - self.goal.remove) > slack * (1 + 1e-9):
+        if abs(self.removed - self.goal.remove) > self._slack * (1 + 1e-9):
             reached = (
                 f"ratio {self.removed / of:.4f}"
                 if kind == "ratio"
@@ -190,6 +187,14 @@ class Budget:
                 so=f"the nearest that these units and constraints come to is {reached}",
                 fix="ask for that, let finer units be pruned, or loosen the constraints",
             )
+
+    @cached_property
+    def _slack(self) -> float:
+        """How far from the goal the total may be."""
+        if self.goal.target.kind not in ("ratio", "latency"):
+            return self.goal.tolerance
+        unit = min(account.unit for account in self._accounts.values())
+        return max(self.goal.tolerance, unit)
 
     @property
     def _counts_parameters(self) -> bool:
