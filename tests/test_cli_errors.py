@@ -155,6 +155,9 @@ def test_a_plan_that_is_none(work: Path) -> None:
     (work / "plan.json").write_text('{"format": 1, "groups": {"model/ffn": {}}}')
     assert "entry for model/ffn" in refused(work, *prune("--plan", "plan.json", model="absent"))
     assert "cannot read the plan" in refused(work, *prune("--plan", "absent.json", model="absent"))
+    idle = ("--resume", "--activations", "disk")
+    said = refused(work, *prune("--plan", "plan.json", *idle, model="absent"))
+    assert "has no use for --resume, --activations" in " ".join(said.split())
 
 
 def test_a_json_file_that_cannot_be_written(work: Path) -> None:

@@ -171,6 +171,9 @@ def prune(
     aim = chosen_target(ratio, target)
     check_shard_size(max_shard_size)
     _check(out, dry_run=dry_run, overwrite=overwrite)
+    given = {"--scores": scores, "--resume": resume, "--activations": activations != "auto"}
+    if plan and (idle := [name for name, value in given.items() if value]):
+        raise PlanError(f"--plan reads no data and has no use for {', '.join(idle)}")
     cut = _read_plan(plan) if plan else None
     limits = Constraints(
         {"ffn_channel": multiple_of}, min_ratio, max_ratio, tensor_parallel, tuple(protect or ())
