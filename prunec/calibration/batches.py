@@ -13,7 +13,7 @@ from prunec.calibration.drawing import Drawing, load, longest_sequence
 from prunec.calibration.forms import Fields
 from prunec.calibration.given import read_batches, rows_of, samples_in
 from prunec.calibration.padding import batched, token_count
-from prunec.calibration.sources import Source, merged, parse_source, share_samples
+from prunec.calibration.sources import DataSource, merged, parse_source, share_samples
 from prunec.errors import CalibrationError
 from prunec.events import Progress, silent
 from prunec.models.digest import token_digest
@@ -144,10 +144,10 @@ def collect(given: Calibration | Iterable[Any], model: nn.Module) -> Calibration
             fix="give an iterable of dicts by input name, or prunec.calibration.calibrate([...])",
         )
     batches = read_batches(given, model, "the calibration")
-    return _as_given(batches, Source("batches", "given", ""), _pad(None, model))
+    return _as_given(batches, DataSource("batches", "given", ""), _pad(None, model))
 
 
-def _as_given(batches: list[Fields], source: Source, pad: int) -> Calibration:
+def _as_given(batches: list[Fields], source: DataSource, pad: int) -> Calibration:
     """The user's batches; where they are not alike, their samples in batches that are."""
     shapes = [{name: value.shape for name, value in batch.items()} for batch in batches]
     if any(shape != shapes[0] for shape in shapes):
@@ -193,7 +193,7 @@ def _labelled(samples: list[Fields]) -> list[Fields]:
     ]
 
 
-def _record(source: Source, batches: Sequence[Fields], count: int) -> SourceRecord:
+def _record(source: DataSource, batches: Sequence[Fields], count: int) -> SourceRecord:
     """What a source gave: batches of `count` samples in all."""
     tokens, digest = token_count(batches), _digest(batches)
     return SourceRecord(source.name, source.kind, source.weight, count, tokens, digest)

@@ -13,7 +13,7 @@ from prunec.calibration.given import call_loader, guarded, read_batches, rows_of
 from prunec.calibration.images import image_samples
 from prunec.calibration.rows import read_entries, source_rows
 from prunec.calibration.sampling import sample_tokens
-from prunec.calibration.sources import Source
+from prunec.calibration.sources import DataSource
 from prunec.calibration.text import read_text, seeded, tokenise
 from prunec.errors import CalibrationError
 from prunec.events import Progress
@@ -34,7 +34,7 @@ class Drawing:
     seed: int
     progress: Progress
 
-    def samples(self, source: Source, count: int) -> list[Fields]:
+    def samples(self, source: DataSource, count: int) -> list[Fields]:
         """The samples of one source.
 
         Raises:
@@ -49,7 +49,7 @@ class Drawing:
             raise CalibrationError(f"{source.name} gives no samples", where=source.name)
         return found
 
-    def _samples(self, source: Source, count: int) -> list[Fields]:
+    def _samples(self, source: DataSource, count: int) -> list[Fields]:
         if source.kind == "loader":
             batches = load(source, self.model, count)
             return [row for batch in batches for row in rows_of(batch, source.name)]
@@ -82,7 +82,7 @@ class Drawing:
         self._check_length()
         return form_of(self.model, self.tokenizer, self.seq_len)
 
-    def _tokens(self, source: Source, form: Form) -> Tensor:
+    def _tokens(self, source: DataSource, form: Form) -> Tensor:
         text = read_text(source.path)
         with self.progress.task(f"tokenising {source.path.name}"):
             tokens = tokenise(text, self.tokenizer)
@@ -105,7 +105,7 @@ class Drawing:
             )
 
 
-def load(source: Source, model: nn.Module | None, most: int) -> list[Fields]:
+def load(source: DataSource, model: nn.Module | None, most: int) -> list[Fields]:
     """The batches of a loader, at most `most` samples of them."""
     batches = guarded(call_loader(source.place), source.name)
     return read_batches(batches, model, source.name, most)

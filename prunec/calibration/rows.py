@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from prunec.calibration.hub import hub_rows
-from prunec.calibration.sources import Source
+from prunec.calibration.sources import DataSource
 from prunec.calibration.text import read_text, tokenise
 from prunec.errors import CalibrationError
 from prunec.events import Progress, silent
@@ -66,7 +66,7 @@ class Sample:
 
 
 def source_rows(
-    source: Source, progress: Progress = silent, *, most: int | None = None
+    source: DataSource, progress: Progress = silent, *, most: int | None = None
 ) -> Sequence[Row]:
     """The rows of a JSON file, or of a data set: ``hub:NAME[:SUBSET[:SPLIT]]``, train by default.
 
@@ -115,7 +115,7 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def read_entries(
-    rows: Sequence[Row], source: Source, tokenizer: Any, order: Iterable[int] | None = None
+    rows: Sequence[Row], source: DataSource, tokenizer: Any, order: Iterable[int] | None = None
 ) -> Iterator[Entry]:
     """What each row says, row by row as it is asked for.
 

@@ -18,7 +18,7 @@ _ROWS = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where samples come from.
 
     Attributes:
@@ -41,15 +41,15 @@ class Source:
         return Path(self.place).expanduser()
 
 
-def parse_source(spec: str) -> Source:
+def parse_source(spec: str) -> DataSource:
     """Read ``PATH``, ``ROWS.jsonl[#FIELD]``, ``hub:NAME[#FIELD]``, ``self`` or
     ``package.module:loader``, each with an optional ``=WEIGHT``.
 
     A directory is a folder of images. A file whose name has the form of another source, or of one
     with a weight, is taken as that file.
 
-    >>> parse_source("talks.jsonl#body=0.5")
-    Source(name='talks.jsonl#body', kind='rows', place='talks.jsonl', fields=('body',), weight=0.5)
+    >>> parse_source("a.jsonl#body=0.5")
+    DataSource(name='a.jsonl#body', kind='rows', place='a.jsonl', fields=('body',), weight=0.5)
 
     Raises:
         CalibrationError: a weight that is not a positive number, or more than two fields.
@@ -67,7 +67,9 @@ def parse_source(spec: str) -> Source:
     kind = _kind(place)
     if fields and kind not in ("rows", "hub"):
         raise CalibrationError(f"only rows have fields: {name}", fix=f"name {place} itself")
-    return Source(name, kind, place.removeprefix(_HUB) if kind == "hub" else place, fields, weight)
+    return DataSource(
+        name, kind, place.removeprefix(_HUB) if kind == "hub" else place, fields, weight
+    )
 
 
 def _kind(place: str) -> Kind:
@@ -101,7 +103,7 @@ def _weighted(spec: str) -> tuple[str, float]:
     return name, weight
 
 
-def merged(sources: Sequence[Source]) -> list[Source]:
+def merged(sources: Sequence[DataSource]) -> list[DataSource]:
     """Each name once, with the sum of its weights: else its samples would be drawn twice.
 
     Raises:
@@ -116,7 +118,7 @@ def merged(sources: Sequence[Source]) -> list[Source]:
     return [replace(by_name[name], weight=weight) for name, weight in weights.items()]
 
 
-def share_samples(sources: Sequence[Source], samples: int) -> list[int]:
+def share_samples(sources: Sequence[DataSource], samples: int) -> list[int]:
     """How many samples each source gives: by weight, the largest remainders first, ties in order.
 
     >>> share_samples([parse_source("a=2"), parse_source("b=1")], 8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_model import TEXT
 
 from prunec.calibration import calibrate
-from prunec.calibration.sources import Source, parse_source, share_samples
+from prunec.calibration.sources import DataSource, parse_source, share_samples
 from prunec.calibration.text import draw_windows, tokenise
 from prunec.errors import CalibrationError
 
@@ -101,7 +101,9 @@ def test_windows_overlap_only_where_the_text_is_too_short(
 
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), samples=st.integers(1, 500))
 def test_shares_add_up_and_are_within_one_of_exact(weights: list[float], samples: int) -> None:
-    sources = [Source(f"s{i}", "text", f"s{i}", weight=weight) for i, weight in enumerate(weights)]
+    sources = [
+        DataSource(f"s{i}", "text", f"s{i}", weight=weight) for i, weight in enumerate(weights)
+    ]
     try:
         counts = share_samples(sources, samples)
     except CalibrationError as error:
@@ -124,22 +126,25 @@ def test_shares_add_up_and_are_within_one_of_exact(weights: list[float], samples
     ],
 )
 def test_sources_are_read_with_their_weight(spec: str, name: str, weight: float) -> None:
-    assert parse_source(spec) == Source(name, "text", name, weight=weight)
+    assert parse_source(spec) == DataSource(name, "text", name, weight=weight)
 
 
 @pytest.mark.parametrize(
     ("spec", "source"),
     [
-        ("self", Source("self", "self", "self")),
-        ("self=0.25", Source("self", "self", "self", weight=0.25)),
-        ("rows.jsonl", Source("rows.jsonl", "rows", "rows.jsonl")),
-        ("rows.json#a.b,c=2", Source("rows.json#a.b,c", "rows", "rows.json", ("a.b", "c"), 2.0)),
-        ("hub:o/n", Source("hub:o/n", "hub", "o/n")),
-        ("hub:o/n:en:test#t=3", Source("hub:o/n:en:test#t", "hub", "o/n:en:test", ("t",), 3.0)),
-        ("data.calib:make", Source("data.calib:make", "loader", "data.calib:make")),
+        ("self", DataSource("self", "self", "self")),
+        ("self=0.25", DataSource("self", "self", "self", weight=0.25)),
+        ("rows.jsonl", DataSource("rows.jsonl", "rows", "rows.jsonl")),
+        (
+            "rows.json#a.b,c=2",
+            DataSource("rows.json#a.b,c", "rows", "rows.json", ("a.b", "c"), 2.0),
+        ),
+        ("hub:o/n", DataSource("hub:o/n", "hub", "o/n")),
+        ("hub:o/n:en:test#t=3", DataSource("hub:o/n:en:test#t", "hub", "o/n:en:test", ("t",), 3.0)),
+        ("data.calib:make", DataSource("data.calib:make", "loader", "data.calib:make")),
     ],
 )
-def test_each_kind_of_source(spec: str, source: Source) -> None:
+def test_each_kind_of_source(spec: str, source: DataSource) -> None:
     assert parse_source(spec) == source
 
 
@@ -149,9 +154,9 @@ def test_a_file_that_looks_like_another_source_is_the_file(
     monkeypatch.chdir(tmp_path)
     for name in ("text=2", "hub:x", "a.b:c", "is#it.txt"):
         (tmp_path / name).write_text("x")
-        assert parse_source(name) == Source(name, "text", name)
+        assert parse_source(name) == DataSource(name, "text", name)
     (tmp_path / "photos").mkdir()
-    assert parse_source("photos=2") == Source("photos", "images", "photos", weight=2.0)
+    assert parse_source("photos=2") == DataSource("photos", "images", "photos", weight=2.0)
 
 
 @pytest.mark.parametrize("spec", ["a.txt#b", "self#a", "r.jsonl#a,b,c", "r.jsonl#", "r.jsonl#a,"])
