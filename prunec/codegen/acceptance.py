@@ -135,7 +135,8 @@ def problems_of(folder: Path) -> list[str]:
             k.removeprefix(f"{case}.in."): v for k, v in tensors.items() if f"{case}.in." in k
         }
         generate(model, inputs, job, problems)
-    head = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # by the class, not read
+    head = {name for name, _ in model.named_parameters(remove_duplicate=False)} - computed
     del model
     if job["bare"] and not problems:
         opened(job, "AutoModel", head, problems)

@@ -164,12 +164,12 @@ def _outcomes(model: Any, battery: Sequence[Check]) -> list[tuple[Check, Tensor]
     found = []
     for check in battery:
         try:
-            logits = whole_outputs(model, check)[0].cpu().clone()
+            logits = whole_outputs(model, check)[0].cpu()
         except FORWARD_ERRORS as error:
             log.info("%r is not compared: %s", check.name, error)
             continue
         if bool(logits.isfinite().all()):
-            found.append((check, logits))
+            found.append((check, logits.clone(memory_format=torch.contiguous_format)))
     return found
 
 

@@ -102,6 +102,14 @@ class Pruned(nn.Module):
     def _resize(self, table: dict[str, Any], prefix: str) -> None:
         resize(self, table, prefix)
 
+    def initialize_weights(self: Any) -> None:
+        """As a stock class: of a class that is not its own, transformers leaves out each module
+        without tensors, and some of those fill their children's buffers.
+        """
+        self.is_custom_code = lambda: False
+        super().initialize_weights()
+        del self.is_custom_code
+
     @classmethod
     def _stock(cls) -> Any:
         return next(c for c in cls.__mro__ if c.__module__.startswith("transformers."))

@@ -8,8 +8,10 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as T
 from slicing import ARCHITECTURES, build, shrunk
+from zoo import configs
 
 from prunec.codegen import modeling_prunec
 from prunec.codegen.generated import pruned_class, source
@@ -105,3 +107,17 @@ def test_offload_to_disk(tmp_path: Path) -> None:
     loaded = load(tmp_path / "out", device_map=places, offload_folder=str(tmp_path / "disk"))
     with torch.no_grad():
         assert torch.equal(loaded(**example_for(model)).logits, model(**example_for(model)).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buffers_that_a_parent_fills_are_filled_in_a_generated_class_too(tmp_path: Path) -> None:
+    """They are in no checkpoint: falcon_h1's multipliers would be whatever lay in memory."""
+    with torch.random.fork_rng(devices=[]):
+        model = configs.build("falcon_h1")
+    model.save_pretrained(tmp_path)
+    again = pruned_class(type(model)).from_pretrained(tmp_path)
+    assert type(again) is not type(model)
+    buffers = dict(again.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert any("mup_vector" in name for name in buffers)
