@@ -81,8 +81,8 @@ def _to_deliver(run: Run, coupling: CouplingGraph) -> CouplingGraph:
 
 
 def _check_options(run: Run, *, constraints: Mapping[str, Any]) -> None:
-    """Refuse what this kind of run could only ignore."""
-    idle = [f"the constraint {name}" for name in constraints]
+    """Refuse what this kind of run could only ignore; `align` is a wish, not a rule."""
+    idle = [f"the constraint {name}" for name in constraints if name != "align"]
     idle += ["scores"] if run.shelf else []
     idle += ["a checkpoint to resume from"] if run.resume else []
     idle += ["a place for activations"] if run.activations != "auto" else []
