@@ -15,6 +15,7 @@ import prunec
 from prunec.cli.app import app
 
 DRAW = ("--calibration", "text.txt", "--samples", "4", "--seq-len", "32")
+RECOVERIES = ("recipes", "list", "--recovery")
 FACTORY = """
 import torch
 from torch import nn
@@ -180,3 +181,13 @@ def test_recipes_are_listed_and_shown_as_the_yaml_that_prune_takes(folder: Path)
     (folder / "mine.yaml").write_text(text)
     shown = run("recipes", "show", "mine.yaml").stdout
     assert shown == text
+
+
+def test_recoveries_are_listed_and_shown_as_the_yaml_that_recover_takes(folder: Path) -> None:
+    found = {recovery["name"]: recovery for recovery in printed_json(*RECOVERIES)}
+    assert set(found) == {"llm-pruner", "slimgpt", "slimllm"}
+    for name, recovery in found.items():
+        text = run("recipes", "show", name, "--recovery").stdout
+        assert yaml.safe_load(text) == recovery
+        (folder / "training.yaml").write_text(text)
+        assert run("recipes", "show", "training.yaml", "--recovery").stdout == text

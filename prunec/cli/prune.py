@@ -124,7 +124,8 @@ def prune(
     recover: Annotated[
         str | None,
         typer.Option(
-            metavar="METHOD", help="Then train what is left: lora, distill, scale or full."
+            metavar="METHOD",
+            help="Then train what is left: lora, distill, scale, full, or as a paper did.",
         ),
     ] = None,
     recover_data: Annotated[
@@ -167,7 +168,7 @@ def prune(
 
     screen = Screen(quiet=quiet, json=json)
     save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
-    training = chosen(recover, None, recover_set or []) if recover else None
+    training = chosen(recover, [f"seed={seed}", *(recover_set or [])]) if recover else None
     aim = chosen_target(ratio, target)
     check_shard_size(max_shard_size)
     _check(out, dry_run=dry_run, overwrite=overwrite)

@@ -31,7 +31,9 @@ def recover(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A paper's settings: slimgpt, slimllm, FILE.yaml"),
+        typer.Option(
+            metavar="NAME", help="A paper's settings: llm-pruner, slimgpt, slimllm, FILE.yaml"
+        ),
     ] = None,
     data: Annotated[
         str,
@@ -89,7 +91,9 @@ def recover(
     if out is None:
         raise ExportError("no output directory", fix="add -o OUT")
     check_target(out, overwrite=overwrite)
-    settings = chosen(method, recipe, changed or [])
+    if recipe and method:
+        raise PlanError("--recipe says what trains: leave out --method", where=f"--method {method}")
+    settings = chosen(recipe or method or "lora", changed or [])
     limits = {"steps": steps, "epochs": epochs, "minutes": minutes}
     given = {name: value for name, value in limits.items() if value is not None}
     if given:
@@ -114,16 +118,12 @@ def recover(
         screen.write_json({"directory": str(directory), "out": str(out), **report.to_json()})
 
 
-def chosen(method: str | None, recipe: str | None, changed: list[str]) -> Recovery:
-    """The settings that the options name."""
+def chosen(name: str, changed: list[str]) -> Recovery:
+    """The settings of a method or a paper, with those that the options change."""
     from prunec.cli.opening import parse_settings
     from prunec.recovery.settings import load_recovery
-    from prunec.recovery.settings import method as by_method
 
-    if recipe and method:
-        raise PlanError("--recipe says what trains: leave out --method", where=f"--method {method}")
-    settings = load_recovery(recipe) if recipe else by_method(method or "lora")
-    return settings.override(parse_settings(changed))
+    return load_recovery(name).override(parse_settings(changed))
 
 
 def run(

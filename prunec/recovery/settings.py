@@ -37,8 +37,8 @@ class Recovery:
         batch_size: rows of `seq_len` tokens a step; `micro_batch` of them at a time.
         steps, epochs, minutes: when to stop; the first that is reached, None for no such limit.
         held_out: part of the rows that are not trained on, 0 to 1 (at least 4, at most 64 rows).
-        evaluate_every: steps between measurements of the held-out loss; None for 20 in a run of
-            steps, and one a twentieth of the time in a run of minutes.
+        evaluate_every: steps between measurements of the held-out loss; None for 20 in a run, or
+            fewer in a run of minutes, of which they take at most a tenth.
         patience: measurements without improvement after which training stops.
         temperature, hard, hidden, top_k: of distillation: of the softmax; the weight, 0 to 1, of
             the cross-entropy; the weight of the hidden states' loss (0 leaves them out); and how
@@ -96,6 +96,10 @@ class Recovery:
         """As in a YAML file."""
         return asdict(self)
 
+    def to_yaml(self) -> str:
+        """A file that `load_recovery` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
     def _checked(self) -> Recovery:
         least = {"rank": 1, "batch_size": 1, "seq_len": 2, "steps": 1, "micro_batch": 1}
         least |= {"patience": 1, "top_k": 0, "hidden": 0, "warmup_steps": 0, "evaluate_every": 1}
@@ -122,17 +126,6 @@ class Recovery:
         return self
 
 
-def method(name: str) -> Recovery:
-    """The settings of ``lora``, ``distill``, ``full`` or ``scale``.
-
-    Raises:
-        PlanError: no such method.
-    """
-    if name not in METHODS:
-        raise PlanError(f"no recovery method {name!r}", fix=f"there are: {', '.join(METHODS)}")
-    return Recovery().override({"name": name, **METHODS[name]})
-
-
 def recovery_names() -> list[str]:
     """The recoveries of papers that are shipped."""
     folder = files("prunec.recovery") / "recipes"
@@ -140,11 +133,13 @@ def recovery_names() -> list[str]:
 
 
 def load_recovery(name: str) -> Recovery:
-    """A shipped recovery by name, or a YAML file by path.
+    """The settings of a method, of a paper by its name, or of a YAML file by its path.
 
     Raises:
-        PlanError: neither exists, or the file holds something else.
+        PlanError: there is none, or the file holds something else.
     """
+    if name in METHODS:
+        return Recovery().override({"name": name, **METHODS[name]})
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -153,9 +148,8 @@ def load_recovery(name: str) -> Recovery:
     elif name in recovery_names():
         text = (files("prunec.recovery") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise PlanError(
-            f"no recovery recipe named {name!r}", fix=f"there are: {', '.join(recovery_names())}"
-        )
+        names = ", ".join([*METHODS, *recovery_names()])
+        raise PlanError(f"no recovery method or recipe {name!r}", fix=f"there are: {names}")
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -29,6 +29,8 @@ from prunec.recovery.packing import Row, collate
 from prunec.recovery.settings import Recovery
 from prunec.recovery.teacher import Teacher, distillation_loss, hidden_loss, learnt_positions
 
+_EVERY, _SHARE = 0.05, 0.1  # of the minutes: between measurements, and spent on them
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,6 +45,8 @@ class Watch(TrainerCallback, ExportableState):
     """Keeps the time and the curves, stops when the minutes are over, and tells the user.
 
     Seconds count training and its measurements; those of an interrupted run are carried on.
+    In a run of minutes the held-out loss is measured every twentieth of the time, or as much less
+    often as keeps the measurements to a tenth of it.
     """
 
     def __init__(self, settings: Recovery, task: Task | None, total: int) -> None:
@@ -52,6 +56,7 @@ class Watch(TrainerCallback, ExportableState):
         self.spent = 0.0
         self.started: float | None = None
         self.measured = 0.0
+        self.cost = 0.0
         self.shown = 0
         self.training: list[Point] = []
         self.held_out: list[Point] = []
@@ -72,11 +77,19 @@ class Watch(TrainerCallback, ExportableState):
         minutes = self.settings.minutes
         return 0.0 if minutes is None else min(1.0, self.seconds / (60 * minutes))
 
+    @property
+    def every(self) -> float:
+        """Parts of a run of minutes between two measurements."""
+        minutes = self.settings.minutes
+        assert minutes is not None
+        return max(_EVERY, self.cost / (_SHARE * 60 * minutes))
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint ended."""
         self.spent = float(state["spent"])
         self.training = [Point(**point) for point in state["kept"]["training"]]
         self.held_out = [Point(**point) for point in state["kept"]["held_out"]]
+        self.measured = self.part
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -85,7 +98,7 @@ class Watch(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance(state)
         if self.settings.minutes is not None:
-            due = self.settings.evaluate_every is None and self.part >= self.measured + 0.05
+            due = self.settings.evaluate_every is None and self.part >= self.measured + self.every
             if due or self.part >= 1:
                 self.measured = self.part
                 control.should_evaluate = control.should_save = True
@@ -100,7 +113,10 @@ class Watch(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
     ) -> None:
-        if metrics and "eval_loss" in metrics and self.started is not None:
+        if not metrics or "eval_loss" not in metrics:
+            return
+        self.cost = float(metrics["eval_runtime"])
+        if self.started is not None:
             loss = float(metrics["eval_loss"])
             self.held_out.append(Point(state.global_step, self.seconds, loss))
             if self.task is not None:

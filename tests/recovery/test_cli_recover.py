@@ -80,6 +80,23 @@ def test_the_adapter_on_the_pruned_directory_is_the_merged_model(folder: Path) -
     assert config["base_model_name_or_path"] == "small"
 
 
+def test_prune_trains_what_is_left_as_recover_does(folder: Path) -> None:
+    changed = [option for option in TRAIN if option != "--set"]
+    settings = [f"steps={changed[1]}", *changed[2:]]
+    asked = [part for setting in settings for part in ("--recover-set", setting)]
+    run("prune", "model", "-o", "chained", "--ratio", "0.3", *DRAW, "--recover", "lora", *asked,
+        "--json", "chained.json")  # fmt: skip
+    said = json.loads((folder / "chained.json").read_text())["recovery"]
+    assert said["data"] == "text.txt"
+    assert said["settings"]["steps"] == 4
+    chained, mended, small = (
+        prunec.load(folder / name).state_dict() for name in ("chained", "mended", "small")
+    )
+    assert all(torch.equal(chained[name], mended[name]) for name in mended)
+    assert not all(torch.equal(chained[name], small[name]) for name in small)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".chained")]
+
+
 def test_eval_compares_with_the_first(folder: Path) -> None:
     dense, mended = json.loads((folder / "eval.json").read_text())
     assert "divergences" not in dense

@@ -11,9 +11,9 @@ import torch
 from tiny_model import TEXT, tiny_llama, tiny_tokenizer
 
 from prunec.errors import CheckpointError, PlanError
-from prunec.recovery.adapters import attach, linear_targets, merge, norms
+from prunec.recovery.adapters import attach, find_targets, merge, norms
 from prunec.recovery.recover import Recovered, recover
-from prunec.recovery.settings import load_recovery, method, recovery_names
+from prunec.recovery.settings import load_recovery, recovery_names
 from prunec.recovery.teacher import Teacher, distillation_loss, learnt_positions, soft_targets
 from prunec.recovery.training import Training
 
@@ -29,7 +29,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def run(text: str, name: str, model: Any = None, **options: Any) -> Recovered:
-    settings = method(name).override({**TINY, **options.pop("settings", {})})
+    settings = load_recovery(name).override({**TINY, **options.pop("settings", {})})
     options.setdefault("work", Path(text).parent / "work")
     model = tiny_llama() if model is None else model
     return recover(model, tiny_tokenizer(), text, settings, **options)
@@ -37,10 +37,11 @@ def run(text: str, name: str, model: Any = None, **options: Any) -> Recovered:
 
 def test_targets_are_found_by_structure() -> None:
     model = tiny_llama()
-    found = linear_targets(model, {"input_ids": torch.arange(22).reshape(2, 11)})
-    assert len(found) == 2 * 7
-    assert "lm_head" not in found
-    assert "model.layers.1.mlp.down_proj" in found
+    found = find_targets(model, {"input_ids": torch.arange(22).reshape(2, 11)})
+    assert found.stacks == ()
+    assert len(found.layers) == 2 * 7
+    assert "lm_head" not in found.layers
+    assert "model.layers.1.mlp.down_proj" in found.layers
     assert set(norms(model)) == {
         "model.norm",
         *(f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),
@@ -71,7 +72,7 @@ def test_scale_tuning_changes_norms_and_row_scales_and_nothing_else(text: str) -
     found = run(text, "scale", settings={"learning_rate": 0.02})
     assert found.report.improved
     old = dict(tiny_llama().named_parameters())
-    targets = linear_targets(tiny_llama(), {"input_ids": torch.arange(22).reshape(2, 11)})
+    targets = find_targets(tiny_llama(), {"input_ids": torch.arange(22).reshape(2, 11)}).layers
     for name, new in found.model.named_parameters():
         path = name.removesuffix(".weight")
         if path in targets:
@@ -140,8 +141,18 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(
         run(text, "lora", settings={"dropout": 0.2}, resume=True)
 
 
+def test_a_loss_that_no_longer_falls_ends_the_run(text: str) -> None:
+    settings = {"steps": 60, "learning_rate": 0.3, "warmup_steps": 0, "schedule": "constant"}
+    report = run(text, "lora", settings=settings | {"patience": 3}).report
+    losses = [point.loss for point in report.held_out_losses]
+    best = losses.index(min(losses[1:]))  # of the states that could be kept
+    assert report.steps == report.held_out_losses[-1].step < 60
+    assert len(losses) - 1 == best + 3
+    assert report.after == min(losses)
+
+
 def test_minutes_end_a_run(text: str) -> None:
-    settings = method("lora").override({**TINY, "steps": None, "minutes": 0.05})
+    settings = load_recovery("lora").override({**TINY, "steps": None, "minutes": 0.05})
     found = recover(tiny_llama(), tiny_tokenizer(), text, settings, work=Path(text).parent / "work")
     assert 3 <= found.report.seconds < 20
     assert found.report.held_out_losses[-1].step == found.report.steps
@@ -200,7 +211,7 @@ def test_a_merge_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPat
     from prunec.errors import VerifyError
 
     probe = {"input_ids": torch.arange(22).reshape(2, 11)}
-    adapted = attach(tiny_llama(), method("lora").override(TINY), probe)
+    adapted = attach(tiny_llama(), load_recovery("lora").override(TINY), probe)
     monkeypatch.setattr(adapted, "merge_and_unload", lambda: tiny_llama(1))
     with pytest.raises(VerifyError, match="differs from the model with its adapter"):
         merge(adapted, probe)
@@ -210,7 +221,7 @@ def test_settings_are_checked_and_papers_have_names() -> None:
     assert {"llm-pruner", "slimgpt", "slimllm"} <= set(recovery_names())
     assert load_recovery("slimllm").rank == 4
     assert load_recovery("llm-pruner").epochs == 2
-    assert method("lora").override({"learning_rate": "1e-4"}).learning_rate == 1e-4
+    assert load_recovery("lora").override({"learning_rate": "1e-4"}).learning_rate == 1e-4
     for settings, reason in (
         ({"rnak": 3}, "no setting 'rnak'"),
         ({"rank": 0}, "at least 1"),
@@ -220,8 +231,8 @@ def test_settings_are_checked_and_papers_have_names() -> None:
         ({"schedule": "square"}, "schedule is 'square'"),
     ):
         with pytest.raises(PlanError, match=reason):
-            method("lora").override(settings)
-    with pytest.raises(PlanError, match="no recovery method 'lroa'"):
-        method("lroa")
-    with pytest.raises(PlanError, match="no recovery recipe"):
-        load_recovery("nope")
+            load_recovery("lora").override(settings)
+    with pytest.raises(PlanError, match="no recovery method or recipe 'lroa'") as caught:
+        load_recovery("lroa")
+    assert "lora" in str(caught.value)
+    assert "slimllm" in str(caught.value)

@@ -12,7 +12,7 @@ import torch
 from prunec.evaluation import task_scores
 from prunec.models import Source, open_model
 from prunec.recovery.recover import recover
-from prunec.recovery.settings import method
+from prunec.recovery.settings import load_recovery
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +58,7 @@ def test_lora_mends_a_damaged_model(smollm2: Source, data: Path, tmp_path: Path)
     with torch.no_grad():
         for layer in smollm2.model.model.layers:  # type: ignore[union-attr]
             layer.mlp.down_proj.weight[:, ::2] = 0
-    settings = method("lora").override(
+    settings = load_recovery("lora").override(
         {"steps": 6, "seq_len": 64, "warmup_steps": 1, "evaluate_every": 3, "held_out": 0.001}
     )
     text = tmp_path / "c4.txt"
