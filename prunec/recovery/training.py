@@ -282,11 +282,12 @@ def trainer(
 def _computes_in_bf16(device: torch.device) -> bool:
     """Whether bf16 is faster there than float32: emulated on a CPU, it is slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    # older versions of torch cannot say
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _micro_batch(settings: Recovery, device: torch.device) -> int:
