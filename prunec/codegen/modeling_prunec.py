@@ -107,7 +107,7 @@ class Pruned(nn.Module):
         without tensors, and some of those fill their children's buffers.
         """
         self.is_custom_code = lambda: False
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[misc]
         del self.is_custom_code
 
     @classmethod
