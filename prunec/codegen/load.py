@@ -38,9 +38,10 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
 
     config = read_config(Path(directory))
     name = str(next(iter(config.get("architectures") or [""]))).removeprefix("Prunec")
-    cls: Any = getattr(transformers, name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+    found = getattr(transformers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no model class {name!r}", where=str(directory))
+    cls: Any = found
     made = pruned_class(cls) if is_pruned(config) else cls
     model, info = made.from_pretrained(str(directory), output_loading_info=True, **kwargs)
     refuse_missing(model, info, Path(directory))
