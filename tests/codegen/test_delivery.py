@@ -134,7 +134,8 @@ def test_saved_again_and_half_precision(directory: Path, tmp_path: Path) -> None
     assert torch.equal(logits(opened(tmp_path / "again")), logits(model))
     half = opened(directory, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert difference([logits(half).float()], [logits(model)]) < 0.1
+    both = logits(half).float().flatten(), logits(model).flatten()
+    assert torch.cosine_similarity(*both, dim=0) > 0.99
 
 
 def test_offloaded_to_disk(directory: Path, tmp_path: Path) -> None:
