@@ -134,8 +134,9 @@ def test_saved_again_and_half_precision(directory: Path, tmp_path: Path) -> None
     assert torch.equal(logits(opened(tmp_path / "again")), logits(model))
     half = opened(directory, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    both = logits(half).float().flatten(), logits(model).flatten()
-    assert torch.cosine_similarity(*both, dim=0) > 0.99
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert torch.equal(logits(half), logits(model))
 
 
 def test_offloaded_to_disk(directory: Path, tmp_path: Path) -> None:
