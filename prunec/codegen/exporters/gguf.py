@@ -145,8 +145,10 @@ def _write_sizes(writer: Any, graph: LlamaGraph, name: str) -> None:
     writer.add_context_length(graph.context)
     writer.add_embedding_length(graph.hidden)
     writer.add_vocab_size(graph.vocabulary)
-    writer.add_head_count([layer.heads for layer in layers])
-    writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    # without heads in the first layer llama.cpp takes the head size of all layers for 0
+    first = (max(1, layers[0].heads), max(1, layers[0].kv_heads))
+    writer.add_head_count([first[0], *(layer.heads for layer in layers[1:])])
+    writer.add_head_count_kv([first[1], *(layer.kv_heads for layer in layers[1:])])
     writer.add_feed_forward_length([layer.width or _REMOVED_WIDTH for layer in layers])
     writer.add_key_length(graph.head_dim)
     writer.add_value_length(graph.head_dim)
@@ -159,7 +161,7 @@ def tensors(graph: LlamaGraph) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by its GGUF name.
 
     llama.cpp rotates neighbouring features of q and k, transformers the two halves: rows change
-    places. A removed MLP is one of zeros.
+    places. A removed MLP is one of zeros, and so is the first attention.
     """
     yield "token_embd.weight", graph.tensors["model.embed_tokens.weight"]
     yield "output_norm.weight", graph.tensors["model.norm.weight"]
@@ -178,11 +180,20 @@ def tensors(graph: LlamaGraph) -> Iterator[tuple[str, Tensor]]:
                     tensor = interleaved(tensor, graph.head_dim) if rotary else tensor
                     yield f"blk.{index}.{name}.{kind}", tensor
         if not layer.width:
-            wide = torch.zeros(_REMOVED_WIDTH, graph.hidden)
-            yield from ((f"blk.{index}.{n}.weight", wide) for n in ("ffn_gate", "ffn_up"))
-            yield f"blk.{index}.ffn_down.weight", wide.T
-            if graph.weight(index, "post_attention_layernorm") is None:
-                yield f"blk.{index}.ffn_norm.weight", torch.ones(graph.hidden)
+            yield from _zeros(graph, index, "mlp", _REMOVED_WIDTH)
+        if not (index or layer.heads):
+            yield from _zeros(graph, index, "self_attn", graph.head_dim)
+
+
+def _zeros(graph: LlamaGraph, index: int, part: str, width: int) -> Iterator[tuple[str, Tensor]]:
+    """A part of a layer that adds nothing, in place of one that was removed."""
+    wide, block = torch.zeros(width, graph.hidden), f"blk.{index}"
+    *inward, outward = (name for path, name in _NAMES.items() if path.startswith(part))
+    yield from ((f"{block}.{name}.weight", wide) for name in inward)
+    yield f"{block}.{outward}.weight", wide.T
+    norm = {"mlp": "post_attention_layernorm", "self_attn": "input_layernorm"}[part]
+    if graph.weight(index, norm) is None:
+        yield f"{block}.{_NAMES[norm]}.weight", torch.ones(graph.hidden)
 
 
 def interleaved(tensor: Tensor, head_dim: int) -> Tensor:
