@@ -7,7 +7,6 @@ Started by latency.py. argv: a JSON job {"engine", "files": {label: path}, "thre
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -148,8 +147,10 @@ def memory(job: dict[str, Any]) -> dict[str, dict[str, int]]:
     runs.prefill()
     if runs.decode:
         runs.decode()
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {label: {"memory_bytes": highest - before}}
+    # not getrusage: its peak is also that of the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (highest,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {label: {"memory_bytes": 1024 * int(highest) - before}}
 
 
 def main() -> None:
