@@ -214,7 +214,7 @@ def test_lora(directory: Path, tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(opened(directory), tmp_path / "adapter").eval()
     assert torch.equal(logits(again, input_ids=batch["input_ids"]), trained)
     merged = again.merge_and_unload()
-    assert difference([logits(merged, input_ids=batch["input_ids"])], [trained]) < 1e-4
+    assert difference([logits(merged, input_ids=batch["input_ids"])], [trained]) < 1e-3
     assert not torch.equal(trained, logits(opened(directory), input_ids=batch["input_ids"]))
 
 
