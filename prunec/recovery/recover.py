@@ -305,6 +305,8 @@ def _finish(
 ) -> nn.Module:
     """The plain model with the best weights, or with those that were given."""
     model: Any = run.accelerator.unwrap_model(trained)
+    if vars(model).pop("_original_forward", None) is not None:
+        del model.forward  # accelerate's, on the object: it computes in mixed precision
     if run.settings.train == "full":
         if not improved:
             with torch.no_grad():
