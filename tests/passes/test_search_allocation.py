@@ -335,6 +335,18 @@ def test_a_share_of_the_whole_branch_leaves_it_out(branch: int) -> None:
         torch.testing.assert_close(silent, without, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("branch", [2, 3])
+def test_a_run_that_leaves_a_branch_out_is_delivered(
+    branch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Search, "shares", lambda _, context: LeavesOut(branch).shares(context))
+    result = prunec.prune(tiny_llama(), recipe="auto", ratio=0.35, calibration=batches())
+    assert len(result.plan.dropped) == 1
+    assert result.plan.groups
+    assert result.report.realised_ratio == pytest.approx(0.35, abs=0.004)
+    assert any("dropping equals silencing" in check for check in result.report.checks)
+
+
 def test_the_last_level_of_a_branch_costs_all_its_output() -> None:
     _, sites, survey = surveyed()
     branches = {site.name: 10**6 for site in sites[:2]}
