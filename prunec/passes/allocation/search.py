@@ -35,7 +35,7 @@ class _Extent:
 
 _EXTENTS: Mapping[Effort, _Extent] = {
     "fast": _Extent(trials=4, generations=0, children=0),
-    "normal": _Extent(trials=20, generations=4, children=6),
+    "normal": _Extent(trials=32, generations=4, children=6),
     "max": _Extent(trials=80, generations=24, children=12),
 }
 # Parts of its share that a kind of site is left with, one after the other as long as it helps.
@@ -58,16 +58,17 @@ class Search:
     1. log-increase over the blocks with one kind of site (the attention layers, the FFN layers)
        giving a half of its share, log-increase as it is, and, for as long as less is better, a
        quarter, nothing: separate budgets;
-    2. the optimum of a level database (ZipLM, arXiv 2302.04089): each site of the dense model at
+    2. waves over depth, kind by kind, on the best so far: slopes, then bends, in both directions
+       (pattern search of Hooke and Jeeves, 1961);
+    3. the optimum of a level database (ZipLM, arXiv 2302.04089): each site of the dense model at
        `levels` sizes, the loss of each level calibrated by the divergence that the site alone
-       causes at one of them, minimised by dynamic programming within the best budgets of 1; and
+       causes at one of them, minimised by dynamic programming within the kinds' best budgets; and
        what an evolution of levels on the divergence of the stitched database finds from there
        (EvoPress, arXiv 2410.14649; Tyr, arXiv 2503.09657). Both predict optimistically (each level
-       knows the dense model only), so they are tried half-way to the best of 1 as well as whole;
-    3. waves over depth, kind by kind, on the best so far: slopes, then bends, in both directions,
-       with steps that are halved where none helps (pattern search of Hooke and Jeeves, 1961).
+       knows the dense model only), so they are tried half-way to the best as well as whole;
+    4. waves again, of half the size each time that none helps.
 
-    With `hidden`, before 3: a narrower residual stream, see :func:`narrow`.
+    With `hidden`, before 4: a narrower residual stream, see :func:`narrow`.
 
     The best by trial is returned, and log-increase is tried second: where there is time for two
     trials, the result is never worse than it on the held-out part.
@@ -136,7 +137,8 @@ class Search:
 
             pool = Pool(trial, extent.trials, left)
             spare(pool, space, LogIncrease().shares(context))
-            if extent.generations and pool.affords(_DATABASE_TRIALS):
+            bend(pool, space, smallest=_LARGEST_WAVE)
+            if extent.generations and pool.open and pool.affords(_DATABASE_TRIALS):
                 base = pool.best
                 for found in self._predicted(space, base, extent, pool):
                     pool.try_(space.blend(base, found, 0.5))
@@ -207,13 +209,17 @@ def narrow(pool: Pool, space: Space) -> Space:
     return space
 
 
-def bend(pool: Pool, space: Space) -> None:
-    """Pattern search along waves over depth, from the best of the pool, until it closes."""
+def bend(pool: Pool, space: Space, smallest: float = _SMALLEST_WAVE) -> None:
+    """Pattern search along waves over depth, from the best of the pool, until it closes.
+
+    Args:
+        smallest: where no wave helps, their size is halved down to this.
+    """
     rooms = space.context.rooms
     directions = list(waves(rooms))
     signs = dict.fromkeys(directions, 1.0)
     step = _LARGEST_WAVE
-    while pool.open and step >= _SMALLEST_WAVE:
+    while pool.open and step >= smallest:
         better = False
         for direction in directions:
             for sign in (signs[direction], -signs[direction]):
