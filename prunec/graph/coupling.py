@@ -40,6 +40,7 @@ class Group:
         companions: groups that are major to this one everywhere: which units go may differ from
             one companion unit to the next, in equal number.
         minimum: how many units must stay.
+        multiple: what their number is a multiple of, for an operator that takes no other.
         normalised: a mean, norm or top-k runs over the units, so that removing one is not the
             same as zeroing it.
         block: the repeated block it lies in ("model.layers.3"), None where it spans several.
@@ -53,6 +54,7 @@ class Group:
     minimum: int
     normalised: bool
     block: str | None
+    multiple: int = 1
 
     @property
     def size(self) -> int:
@@ -179,9 +181,19 @@ def _groups(program: Program, layout: Layout) -> tuple[Group, ...]:
             minimum=leaf.minimum,
             normalised=leaf.has("normalised") or leaf.has("ranked"),
             block=_common_block(members[leaf]),
+            multiple=_multiple(program, leaf, members[leaf]),
         )
         for leaf in free
     )
+
+
+def _multiple(program: Program, leaf: Dim, members: Sequence[Member]) -> int:
+    """Units in 16 bytes, where an operator wants its operands' rows aligned to that."""
+    if not leaf.has("aligned"):
+        return 1
+    narrowest = min(program.state[member.parameter].element_size() for member in members)
+    multiple = max(1, 16 // narrowest)
+    return multiple if leaf.size % multiple == 0 else 1
 
 
 def _is_pinned(leaf: Dim) -> bool:

@@ -9,7 +9,7 @@ without a hook or a list of layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -68,6 +68,7 @@ class Stream:
         self._cursor = 0
         self._last_stop = -1
         self._shared_until = 0
+        self._anchors: dict[str, int] = {}
         sizes = [tensor.nbytes for tensor in program.state.values()]
         self._hold_bytes = sum(sizes) // 2 if hold_bytes is None else hold_bytes
         self._shared: Environment = {}
@@ -131,15 +132,18 @@ class Stream:
 
         Where the values of all batches at ``stop`` would take more than ``hold_bytes``, they are
         dropped after the visit and computed again on the next advance, from the place behind the
-        last stop where least is alive: a wide site then costs time instead of memory.
+        last stop where least is alive: a wide site then costs time instead of memory. So they are
+        where the walk has passed a place that is held (see `hold`).
         """
         end = self._position.get(stop, len(self._nodes))  # the output comes after all
+        held_at = min((at for at in self._anchors.values() if at < end), default=end)
         places = range(min(self._last_stop + 1, end), end + 1)
         restart = min(reversed(places), key=self._live_elements.__getitem__)
+        restart = max(self._cursor, min(restart, held_at))
         before, after = self._nodes[self._cursor : restart], self._nodes[restart:end]
         self._run_shared(self._nodes[max(self._cursor, self._shared_until) : end])
         calls = self._calls([*before, *after])
-        hold = True
+        hold = held_at == end
         for number, waiting in enumerate(self._live):
             live = present(waiting, self._device)
             self._run(before, live, calls)
@@ -147,12 +151,27 @@ class Stream:
             self._run(after, live, calls)
             yield partial(self._checked, live, number)
             if number == 0:
-                hold = _bytes(live) * len(self._live) <= self._hold_bytes
+                hold = hold and _bytes(live) * len(self._live) <= self._hold_bytes
                 self._place.expect(_bytes(live if hold else held) * len(self._live))
             self._live[number] = self._place.keep(live if hold else held, waiting)
         self._last_stop = end
         self._cursor = end if hold else restart
         self._drop_shared(self._cursor)
+
+    def hold(self, name: str, start: fx.Node) -> None:
+        """Do not go beyond ``start`` for good until `release`: what a later choice changes there
+        is computed anew.
+        """
+        self._anchors[name] = self._position[start]
+
+    def release(self, name: str) -> None:
+        """Nothing is held by that name any more."""
+        self._anchors.pop(name, None)
+
+    def keep_for(self, stop: fx.Node, values: Iterable[fx.Node]) -> None:
+        """Keep values that were computed before until ``stop``, so that they can be read there."""
+        for node in values:
+            self._last_use[node] = max(self._last_use.get(node, 0), self._position[stop])
 
     def real_tokens(self, batch: int, node: fx.Node, value: Tensor) -> Tensor | None:
         """Bool over the leading axes of a node's value: which tokens are no padding."""
@@ -171,14 +190,16 @@ class Stream:
                 live = present(waiting, self._device)
                 waiting.clear()
                 self._run(segment, live, calls)
-                yield live[result] if result in live else self._shared[result]
+                yield self._value(result, live)
         self._cursor = len(self._nodes)
 
     def select(self, selection: Selection) -> None:
-        """Remove units: every live value that carries them is sliced."""
+        """Remove units: every live value that carries them is sliced.
+
+        What depends on weights alone is computed anew, for a weight may have changed otherwise.
+        """
         before, self.selection = self.selection, selection
-        for node, value in self._shared.items():
-            self._shared[node] = self._slice(node, value, before)
+        self._shared.clear()
         for number, waiting in enumerate(self._live):
             carry = {
                 node: value
@@ -204,15 +225,10 @@ class Stream:
         return value
 
     def _run_shared(self, segment: Sequence[fx.Node]) -> None:
-        """What depends on weights and constants only is computed once for all batches.
-
-        Weights are read where they are used, so that none outlives its call.
-        """
+        """What depends on weights and constants only is computed once for all batches."""
         for node in segment:
-            if node in self.layout.data or node.op != "call_function":
-                continue
-            call = resized_call(node, self.layout, self.selection)
-            self._shared[node] = self._execute(call, self._shared)
+            if node.op == "call_function" and node not in self.layout.data:
+                self._value(node, self._shared)
         if segment:
             self._shared_until = self._position[segment[-1]] + 1
 
@@ -241,14 +257,7 @@ class Stream:
 
     def _execute(self, call: ResizedCall, live: Environment) -> Any:
         def fetch(node: fx.Node) -> Any:
-            if node in live:
-                return live[node]
-            if node in self._shared:
-                return self._shared[node]
-            name = self.program.bindings.get(node.name)
-            if name is None:
-                raise TraceError(f"the value of {node.name} is gone", where=source_line(node))
-            return self.weight(name)
+            return self._value(node, live)
 
         args = fx.map_arg(call.args, fetch)
         kwargs = fx.map_arg(call.kwargs, fetch)
@@ -257,8 +266,22 @@ class Stream:
             return self.selection.take(result, self.layout.dims(call.node))
         return result
 
+    def _value(self, node: fx.Node, live: Environment) -> Any:
+        """Of a batch, or shared by all; weights are read here, so that none outlives its call."""
+        if node in live:
+            return live[node]
+        name = self.program.bindings.get(node.name) if node.op == "placeholder" else None
+        if name is not None:
+            return self.weight(name)
+        if node.op != "call_function" or node in self.layout.data:
+            raise TraceError(f"the value of {node.name} is gone", where=source_line(node))
+        if node not in self._shared:
+            call = resized_call(node, self.layout, self.selection)
+            self._shared[node] = self._execute(call, self._shared)
+        return self._shared[node]
+
     def _checked(self, live: Environment, number: int, operand: fx.Node) -> Tensor:
-        value = live[operand] if operand in live else self._shared[operand]
+        value = self._value(operand, live)
         if not bool(torch.isfinite(value).all()):
             raise VerifyError(
                 f"NaN or Inf in {operand.name} for calibration batch {number}",

@@ -40,7 +40,7 @@ def passages(program: Program, layout: Layout) -> dict[str, Passage]:
             found.setdefault(block, []).append(residual)
     enters = {block: sums[0].stream for block, sums in found.items()}
     result: dict[str, Passage] = {}
-    following = [*list(enters.values())[1:], None]
+    following = [*list(enters.values())[1:], None][: len(found)]
     for (block, sums), after in zip(found.items(), following, strict=True):
         last = sums[-1].total
         continued = after is not None and last in ancestors(after) | {after}

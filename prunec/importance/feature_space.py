@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
+from prunec.importance.blocks import blocks_of
 from prunec.importance.curves import RemovalCurve, Survivors
 from prunec.importance.problem import Axis, BoolArray, FloatArray, SiteProblem, UnitSet
 from prunec.importance.scores import static_curve, to_array
@@ -79,9 +80,19 @@ class FeatureSpace:
 
 def _reader_salience(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> FloatArray:
     """``[columns]``: the norm of a column, times that of its weight in the eigenbasis."""
-    gram = statistics["input_gram"].double()
-    mean = statistics["input_mean"].double().to(gram.device)
-    weight = problem.weight.detach().to(gram.device, torch.float64)
+    means = blocks_of(problem, statistics, "input_mean")
+    grams = blocks_of(problem, statistics, "input_gram")
+    return np.concatenate(
+        [
+            _block_salience(problem.weight[:, span], gram.double(), mean.double())
+            for (span, gram), (_, mean) in zip(grams, means, strict=True)
+        ]
+    )
+
+
+def _block_salience(weight: Tensor, gram: Tensor, mean: Tensor) -> FloatArray:
+    mean = mean.to(gram.device)
+    weight = weight.detach().to(gram.device, torch.float64)
     covariance = weight @ (gram - mean[:, None] * mean) @ weight.T
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     values = values.abs()  # rounding can leave a small one negative
@@ -97,4 +108,5 @@ def _producer_salience(
     """``[positions]``: the norm of each output row, its elements weighted by their input's norm."""
     square = statistics[statistic_of("producer_square", axis[0])].double()
     weight = problem.parameters[axis[0]].detach().to(square.device, torch.float64)
-    return to_array((weight.movedim(axis[1], 0).square() @ square).sqrt())
+    weighted = weight.movedim(axis[1], 0).square() * square
+    return to_array(weighted.flatten(1).sum(dim=1).sqrt())

@@ -60,13 +60,18 @@ class Fisher:
 
 
 def _mask_scorer(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> Scorer:
-    if problem.reader is None:
+    if not problem.readers:
         raise PlanError("fisher of masks needs the weight that reads the units", where=problem.name)
-    dots = to_array(statistics[statistic_of("mask_grad", *problem.reader)])
+    dots = {
+        axis: to_array(statistics[statistic_of("mask_grad", *axis)]) for axis in problem.readers
+    }
 
     def score(unit_set: UnitSet, survivors: Survivors) -> FloatArray:
-        left = np.where(survivors.columns, dots, 0.0)
-        by_unit = left[:, unit_set.columns].sum(axis=3)
-        return np.asarray(0.5 * np.square(by_unit).mean(axis=0))
+        by_unit = [
+            np.where(survivors.positions[axis], found, 0.0)[:, unit_set.positions[axis]].sum(axis=3)
+            for axis, found in dots.items()
+            if axis in unit_set.positions
+        ]
+        return np.asarray(0.5 * np.square(np.sum(by_unit, axis=0)).mean(axis=0))
 
     return score

@@ -60,5 +60,5 @@ def _chosen(problem: SiteProblem, unit_set: UnitSet, aggregation: Aggregation) -
     if aggregation == "first":
         return [next((axis for axis in problem.producers if axis in axes), axes[0])]
     if aggregation == "last":
-        return [problem.reader if problem.reader in axes else axes[-1]]
+        return [next((axis for axis in reversed(problem.readers) if axis in axes), axes[-1])]
     return axes

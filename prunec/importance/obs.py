@@ -18,13 +18,14 @@ from prunec.importance.curves import (
     Survivors,
     greedy_curve,
 )
-from prunec.importance.elimination import BlockScore, Elimination, start
-from prunec.importance.gram import second_moment
+from prunec.importance.elimination import BlockScore, Elimination
+from prunec.importance.eliminations import Eliminations, begin
 from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
 from prunec.importance.scores import to_array
 from prunec.importance.swap import only_group, removed_columns, steps_to, swap_search
 
 Schedule = Literal["geometric", "slimgpt"]
+_State = Elimination | Eliminations
 
 # Below this many units (heads, experts) one at a time costs nothing.
 _BATCHED_FROM = 256
@@ -84,7 +85,7 @@ class Obs:
         Raises:
             VerifyError: the Gram matrix or the weight is not finite.
         """
-        state = start(problem.weight, second_moment(statistics), self.damping, name=problem.name)
+        state = begin(problem, statistics, self.damping)
         if len(problem.unit_sets) == 1 and problem.unit_sets[0].rows == 1:
             curve = self._batched(problem, state, limit)
         else:
@@ -96,7 +97,7 @@ class Obs:
         """Whether the order of the first removals depends on how many follow."""
         return self.swap or self.schedule == "slimgpt"
 
-    def _batched(self, problem: SiteProblem, state: Elimination, limit: int | None) -> RemovalCurve:
+    def _batched(self, problem: SiteProblem, state: _State, limit: int | None) -> RemovalCurve:
         """One group, one row: remove the units of least score, a batch at a time."""
         (unit_set,) = problem.unit_sets
         columns = torch.as_tensor(unit_set.columns[0], device=state.columns.device)
@@ -154,10 +155,10 @@ def batch_sizes(units: int, remove: int, *, schedule: Schedule, first: int, last
 class _Surgeon:
     """Looks one removal ahead by eliminating it for trial; an accepted trial becomes the state."""
 
-    def __init__(self, state: Elimination, score: BlockScore) -> None:
+    def __init__(self, state: _State, score: BlockScore) -> None:
         self._state = state
         self._score = score
-        self._trials: dict[Removal, Elimination] = {}
+        self._trials: dict[Removal, _State] = {}
 
     def propose(self, unit_set: UnitSet, survivors: Survivors) -> tuple[Removal, float]:
         """The unit of least score goes, then that of the next row given the first, and so on."""
@@ -191,7 +192,7 @@ class _Surgeon:
 class _Trial:
     """A state of elimination as an exchange of units."""
 
-    state: Elimination
+    state: _State
     loss: float
 
     def restore(self, columns: IntArray) -> _Trial:
@@ -209,7 +210,7 @@ class _Trial:
 
 
 def _swapped(
-    problem: SiteProblem, start: Elimination, curve: RemovalCurve, limit: int | None
+    problem: SiteProblem, start: _State, curve: RemovalCurve, limit: int | None
 ) -> RemovalCurve:
     """The curve up to its limit, with a set of removals that no single swap improves on."""
     steps = steps_to(curve, limit)
@@ -226,7 +227,7 @@ def _swapped(
     return RemovalCurve(swapped, by_step.cumsum(), curve.parameters[:steps])
 
 
-def _surviving(state: Elimination, columns: Tensor) -> Tensor:
+def _surviving(state: _State, columns: Tensor) -> Tensor:
     return columns[state.locate(columns) >= 0]
 
 

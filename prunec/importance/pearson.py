@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunec.importance.blocks import blocks_of, within
 from prunec.importance.curves import Removal, RemovalCurve, Survivors
 from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
 from prunec.importance.scores import static_curve, to_array
@@ -61,7 +62,7 @@ class Pearson:
 
 
 def _losses(
-    problem: SiteProblem, whole: CorrelatedOutput, removals: tuple[Removal, ...]
+    problem: SiteProblem, whole: CorrelatedOutputs, removals: tuple[Removal, ...]
 ) -> FloatArray:
     """The loss after each removal, exact."""
     survivors, state, losses = Survivors(problem), whole, []
@@ -73,12 +74,22 @@ def _losses(
     return np.asarray(losses, dtype=np.float64)
 
 
-def output_of(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> CorrelatedOutput:
+def output_of(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> CorrelatedOutputs:
     """The whole output of a site, from the second moments of its input."""
-    gram = statistics["input_gram"].double()
-    mean = statistics["input_mean"].double().to(gram.device)
+    means = blocks_of(problem, statistics, "input_mean")
+    blocks = [
+        _output(problem.weight[:, span], gram.double(), mean.double())
+        for (span, gram), (_, mean) in zip(
+            blocks_of(problem, statistics, "input_gram"), means, strict=True
+        )
+    ]
+    return CorrelatedOutputs(tuple(span for span, _ in means), tuple(blocks))
+
+
+def _output(weight: Tensor, gram: Tensor, mean: Tensor) -> CorrelatedOutput:
+    mean = mean.to(gram.device)
     covariance = gram - mean[:, None] * mean
-    weight = problem.weight.detach().to(gram.device, torch.float64)
+    weight = weight.detach().to(gram.device, torch.float64)
     crossed = weight @ covariance
     total = (crossed * weight).sum(dim=1)
     # A variance that is rounding of the second moment is none.
@@ -91,6 +102,48 @@ def output_of(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> Correla
         total=torch.where(total > floor, total, 0.0),
         kept=torch.ones(weight.shape[1], dtype=torch.bool, device=gram.device),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class CorrelatedOutputs:
+    """The outputs of the blocks of a site; their losses add up.
+
+    Attributes:
+        spans: the columns of each block.
+        blocks: one a block, with columns counted from the block's first.
+    """
+
+    spans: tuple[slice, ...]
+    blocks: tuple[CorrelatedOutput, ...]
+
+    @property
+    def loss(self) -> float:
+        """``sum_c (1 - |corr|)`` of the kept columns' output with the whole output."""
+        return sum(block.loss for block in self.blocks)
+
+    def restore(self, columns: IntArray) -> CorrelatedOutputs:
+        """With these columns back."""
+        return self._with(columns, kept=True)
+
+    def drop(self, columns: IntArray) -> CorrelatedOutputs:
+        """Without these columns."""
+        return self._with(columns, kept=False)
+
+    def losses_without(self, columns: IntArray) -> FloatArray:
+        """``[N]``: the loss without each unit's columns ``[N, width]`` (those that are left)."""
+        given = torch.as_tensor(columns)
+        total = np.full(len(given), self.loss)
+        for span, block in zip(self.spans, self.blocks, strict=True):
+            for units, local in within(given, span):
+                total[units.numpy()] += block.losses_without(local) - block.loss
+        return total
+
+    def _with(self, columns: IntArray, *, kept: bool) -> CorrelatedOutputs:
+        blocks = []
+        for span, block in zip(self.spans, self.blocks, strict=True):
+            inside = columns[(columns >= span.start) & (columns < span.stop)] - span.start
+            blocks.append(block.changed(inside, kept=kept) if len(inside) else block)
+        return CorrelatedOutputs(self.spans, tuple(blocks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +171,11 @@ class CorrelatedOutput:
         """``sum_c (1 - |corr|)`` of the kept columns' output with the whole output."""
         return float(self._loss(*self._moments()).sum())
 
-    def restore(self, columns: IntArray) -> CorrelatedOutput:
-        """With these columns back."""
-        return self._with(columns, kept=True)
-
-    def drop(self, columns: IntArray) -> CorrelatedOutput:
-        """Without these columns."""
-        return self._with(columns, kept=False)
-
-    def losses_without(self, columns: IntArray) -> FloatArray:
+    def losses_without(self, columns: Tensor) -> FloatArray:
         """``[N]``: the loss without each unit's columns ``[N, width]`` (those that are left)."""
         variance, shared = self._moments()
         losses = []
-        for unit in torch.split(torch.as_tensor(columns, device=self.weight.device), _UNITS):
+        for unit in torch.split(columns.to(self.weight.device), _UNITS):
             weight = torch.where(self.kept, self.weight, 0.0)[:, unit]  # [out, n, width]
             block = self.covariance[unit[:, :, None], unit[:, None, :]]
             own = (torch.einsum("onw,nwv->onv", weight, block) * weight).sum(dim=2)
@@ -153,7 +198,8 @@ class CorrelatedOutput:
         correlation = torch.where(varies, shared / scale, 0.0).abs().clamp_max(1.0)
         return torch.where(total > 0, 1 - correlation, 0.0)
 
-    def _with(self, columns: IntArray, *, kept: bool) -> CorrelatedOutput:
+    def changed(self, columns: IntArray, *, kept: bool) -> CorrelatedOutput:
+        """With these columns back, or without them."""
         index = torch.as_tensor(columns, device=self.weight.device)
         index = index[self.kept[index] != kept]
         change = self.weight[:, index] @ self.covariance[index]

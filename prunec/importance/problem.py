@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +72,15 @@ class SiteProblem:
         parameters: Every member parameter of these groups by name, for scores from weights.
         size: Parameters that the site's groups hold at the given numbers of units, one number per
             group; exact, and never less for more units.
-        reader: The member that `weight` is: its parameter and input axis.
+        readers: The members that `weight` is made of: a parameter and an axis that is summed over,
+            or along which one matrix lies beside another.
         producers: The members that make the units: a weight and its output axis, in the order of
             the graph, such as gate and up of an FFN, or q, k and v of a head.
+        blocks: The numbers of columns that lie in blocks, one after another; empty for one block.
+            A row of the input has columns of one block only (a token has one expert at a time),
+            or what the blocks add up to lies apart (several layers read the units). So their
+            second moments across blocks are zero. A block with fewer outputs than others ends in
+            rows of zeros.
     """
 
     name: str
@@ -81,10 +88,18 @@ class SiteProblem:
     unit_sets: tuple[UnitSet, ...]
     parameters: Mapping[str, Tensor]
     size: Callable[[Mapping[str, int]], int]
-    reader: Axis | None = None
+    readers: tuple[Axis, ...] = ()
     producers: tuple[Axis, ...] = ()
+    blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.weight.ndim == 2, f"{self.name}: the weight is [out, columns]"
+        assert sum(self.blocks or self.weight.shape[1:]) == self.weight.shape[1], self.name
         for unit_set in self.unit_sets:
             assert unit_set.columns.max() < self.weight.shape[1], f"{self.name}: {unit_set.group}"
+
+    @property
+    def spans(self) -> list[slice]:
+        """The columns of each block."""
+        ends = list(accumulate(self.blocks or (self.weight.shape[1],)))
+        return [slice(first, end) for first, end in pairwise([0, *ends])]

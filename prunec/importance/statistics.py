@@ -44,21 +44,33 @@ class Collector(Protocol):
             total: the sum of a tensor over all processes.
         """
 
-    def finish(self) -> Tensor:
+    def finish(self, *, idle: bool = False) -> Tensor:
         """The statistic, fp64.
+
+        Args:
+            idle: zeros where no token counted, as for an expert that is never asked.
 
         Raises:
             VerifyError: no token counted.
         """
 
+    @property
+    def tokens(self) -> float:
+        """How many tokens counted, by their weight."""
+
 
 class _Collector:
-    """Counts batches and tokens, and hands each batch on as fp32 or fp64 blocks of tokens."""
+    """Counts batches and tokens, and hands each batch on as fp32 or fp64 blocks of tokens.
+
+    Attributes:
+        sums: fp64, over all tokens; None before the first batch.
+    """
 
     def __init__(self, site: str) -> None:
         self.site = site
         self.batches = 0
         self.tokens = 0.0
+        self.sums: Tensor | None = None
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         x = x.detach().flatten(0, -2)
@@ -69,20 +81,28 @@ class _Collector:
             weight = None if weight.dtype == torch.bool else weight[counts].double()
         self.batches += 1
         self.tokens += len(x) if weight is None else float(weight.sum())
+        if self.sums is None:
+            self.sums = self.zeros(x)
         for first in range(0, len(x), _BLOCK_TOKENS):
             block = x[first : first + _BLOCK_TOKENS]
             if block.dtype != torch.float64:
                 block = block.float()
-            self.add(block, None if weight is None else weight[first : first + _BLOCK_TOKENS])
+            self.add(
+                self.sums, block, None if weight is None else weight[first : first + _BLOCK_TOKENS]
+            )
 
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
+    def zeros(self, x: Tensor) -> Tensor:
+        """What to add to, for rows like these."""
+        return torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
+        """Add some tokens to `sums`."""
         raise NotImplementedError
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
         self.tokens = float(total(torch.tensor([self.tokens], dtype=torch.float64)))
-
-    def _summed(self, sums: Tensor | None, total: Callable[[Tensor], Tensor]) -> Tensor | None:
-        return None if sums is None else total(sums)
+        if self.sums is not None:
+            self.sums = total(self.sums)
 
     def check(self, sums: Tensor) -> None:
         """Raise where a batch left NaN or Inf in `sums`, in which every column takes part."""
@@ -95,50 +115,38 @@ class _Collector:
             fix="run the model in a wider dtype (--dtype float32), or drop that text",
         )
 
-    def known(self, found: Tensor | None) -> Tensor:
-        """What was collected; raises where no token was."""
-        if found is None or self.tokens <= 0:
+    def finish(self, *, idle: bool = False) -> Tensor:
+        sums, self.sums = self.sums, None
+        if sums is None or (self.tokens <= 0 and not idle):
             raise VerifyError(
                 "no calibration token reached a site",
                 where=self.site,
                 fix="give more calibration text, or look at the token mask",
             )
-        return found
-
-    def per_token(self, total: Tensor | None) -> Tensor:
-        return self.known(total) / self.tokens
+        return sums.div_(self.tokens) if self.tokens > 0 else sums
 
 
 class InputGram(_Collector):
     """``E[x x^T]``, ``[columns, columns]``: products in fp32, sums in fp64."""
 
-    def __init__(self, site: str) -> None:
-        super().__init__(site)
-        self._total: Tensor | None = None
+    def zeros(self, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
 
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
         if weight is not None:
             x = x * weight.sqrt().to(x.dtype)[:, None]
         if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             x = x.double()
-        columns = x.shape[1]
-        if self._total is None:
-            self._total = torch.zeros(columns, columns, dtype=torch.float64, device=x.device)
         if not bool((x * x).sum().isfinite()):
             # Squares of finite activations can overflow fp32; NaN and Inf are found below.
             x = x.double()
-        for first in range(0, columns, _STRIP_COLUMNS):
+        for first in range(0, x.shape[1], _STRIP_COLUMNS):
             strip = x[:, first : first + _STRIP_COLUMNS]
-            self._total[first : first + _STRIP_COLUMNS, first:] += strip.T @ x[:, first:]
-        self.check(self._total.diagonal())
+            sums[first : first + _STRIP_COLUMNS, first:] += strip.T @ x[:, first:]
+        self.check(sums.diagonal())
 
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        super().merge(total)
-        self._total = self._summed(self._total, total)
-
-    def finish(self) -> Tensor:
-        gram = self.known(self._total).div_(self.tokens)
-        self._total = None
+    def finish(self, *, idle: bool = False) -> Tensor:
+        gram = super().finish(idle=idle)
         # Blocks on the diagonal are full; the rest of the lower half is mirrored in strips.
         for first in range(0, len(gram), _STRIP_COLUMNS):
             end = first + _STRIP_COLUMNS
@@ -158,13 +166,14 @@ class InputTokens(_Collector):
         super().__init__(site)
         self._blocks: list[Tensor] = []
 
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
         self.check(x.sum(dim=0, dtype=torch.float64))
         scaled = x if weight is None else x * weight.sqrt().to(x.dtype)[:, None]
         self._blocks.append(scaled.clone())
 
-    def finish(self) -> Tensor:
-        rows = self.known(torch.cat(self._blocks).double() if self._blocks else None)
+    def finish(self, *, idle: bool = False) -> Tensor:
+        super().finish(idle=idle)  # which raises where there is none
+        rows = torch.cat(self._blocks).double()
         self._blocks.clear()
         return rows.div_(math.sqrt(self.tokens))
 
@@ -172,42 +181,18 @@ class InputTokens(_Collector):
 class InputMean(_Collector):
     """``E[x]``, ``[columns]``."""
 
-    def __init__(self, site: str) -> None:
-        super().__init__(site)
-        self._total: Tensor | None = None
-
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
-        total = x.sum(dim=0, dtype=torch.float64) if weight is None else weight @ x.double()
-        self._total = total if self._total is None else self._total + total
-        self.check(self._total)
-
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        super().merge(total)
-        self._total = self._summed(self._total, total)
-
-    def finish(self) -> Tensor:
-        return self.per_token(self._total)
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
+        sums += x.sum(dim=0, dtype=torch.float64) if weight is None else weight @ x.double()
+        self.check(sums)
 
 
 class InputSquare(_Collector):
     """``E[x^2]``, ``[columns]``, the diagonal of the Gram matrix without the matrix."""
 
-    def __init__(self, site: str) -> None:
-        super().__init__(site)
-        self._total: Tensor | None = None
-
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
         squares = x.double().square()
-        total = squares.sum(dim=0) if weight is None else weight @ squares
-        self._total = total if self._total is None else self._total + total
-        self.check(self._total)
-
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        super().merge(total)
-        self._total = self._summed(self._total, total)
-
-    def finish(self) -> Tensor:
-        return self.per_token(self._total)
+        sums += squares.sum(dim=0) if weight is None else weight @ squares
+        self.check(sums)
 
 
 class InputVariance(_Collector):
@@ -217,34 +202,32 @@ class InputVariance(_Collector):
         super().__init__(site)
         self._seen = 0.0
         self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
 
-    def add(self, x: Tensor, weight: Tensor | None) -> None:
+    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
         x = x.double()
         if weight is None:
             weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
         here = float(weight.sum())
         mean = weight @ x / here
-        squares = weight @ (x - mean).square()
-        if self._mean is None or self._squares is None:
-            self._mean, self._squares = mean, squares
+        sums += weight @ (x - mean).square()
+        if self._mean is None:
+            self._mean = mean
         else:
             step = mean - self._mean
             total = self._seen + here
             self._mean = self._mean + step * (here / total)
-            self._squares += squares + step.square() * (self._seen * here / total)
+            sums += step.square() * (self._seen * here / total)
         self._seen += here
-        self.check(self._squares)
+        self.check(sums)
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        own = self.sums
+        if own is not None:
+            mean = torch.zeros_like(own) if self._mean is None else self._mean
+            everyone = max(float(total(torch.tensor([self._seen], dtype=torch.float64))), 1e-300)
+            common = total(mean * self._seen) / everyone
+            self.sums = own + (common - mean).square() * self._seen
         super().merge(total)
-        if self._mean is not None and self._squares is not None:
-            mean = total(self._mean * self._seen) / self.tokens
-            self._squares = total(self._squares + (self._mean - mean).square() * self._seen)
-            self._mean = mean
-
-    def finish(self) -> Tensor:
-        return self.per_token(self._squares)
 
 
 STATISTICS: Mapping[str, Callable[[str], Collector]] = {

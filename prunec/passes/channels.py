@@ -15,17 +15,16 @@ from prunec.graph.selection import Keep, Selection
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.magnitude import Magnitude
-from prunec.passes.sites import Site, site_problem
+from prunec.passes.problems import site_problem
+from prunec.passes.sites import STREAM, Site
 from prunec.passes.targets.constraints import Constraints
 from prunec.passes.targets.goal import Goal, amount, block_parameters
 
-HIDDEN = "hidden"
+HIDDEN = STREAM
 
 
 def stream_sites(coupling: CouplingGraph) -> list[Site]:
-    """One for each group of features of the stream, read by many weights; it has no calls.
-
-    Its parameter is the matrix that reads the features last, such as the head.
+    """One for each group of features of the stream, which all weights read: a site without input.
 
     Raises:
         PlanError: the stream cannot lose features.
@@ -36,13 +35,7 @@ def stream_sites(coupling: CouplingGraph) -> list[Site]:
             "the features of the residual stream cannot be pruned",
             fix="see `prunec analyze --why`",
         )
-    return [_site(coupling, group) for group in groups]
-
-
-def _site(coupling: CouplingGraph, group: Group) -> Site:
-    matrices = [m for m in group.members if len(coupling.layout.parameters[m.parameter]) == 2]
-    last = (matrices or list(group.members))[-1]
-    return Site(last.parameter, last.axis, (), (), (group,), group.block)
+    return [Site(group.name, (), (group,), group.block) for group in groups]
 
 
 def prune_channels(

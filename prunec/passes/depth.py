@@ -40,13 +40,16 @@ def own_branches(coupling: CouplingGraph, sites: Sequence[Site]) -> dict[str, Br
     inside: dict[str, list[Site]] = {}
     branches = {name: branch for branch in coupling.branches for name in branch.parameters}
     for site in sites:
-        if site.parameter in branches:
-            inside.setdefault(branches[site.parameter].name, []).append(site)
+        held = {branches[name].name for name in site.parameters if name in branches}
+        for name in held:
+            inside.setdefault(name, []).append(site)
+    by_name = {branch.name: branch for branch in coupling.branches}
     return {
-        site.name: branch
-        for site, *others in inside.values()
-        for branch in [branches[site.parameter]]
-        if not others and _end(coupling, branch) in site.nodes and _can_be_silent(coupling, site)
+        site.name: by_name[name]
+        for name, (site, *others) in inside.items()
+        if not others
+        and _end(coupling, by_name[name]) in site.nodes
+        and _can_be_silent(coupling, site)
     }
 
 
@@ -68,8 +71,9 @@ def _end(coupling: CouplingGraph, branch: Branch) -> fx.Node:
 def _can_be_silent(coupling: CouplingGraph, site: Site) -> bool:
     """Whether the product is called once, and adds no bias that is not the site's own."""
     (node, *others) = site.nodes
+    own = {reading.parameter for reading in site.readings} | {r.bias for r in site.readings}
     names = {coupling.program.bindings.get(source.name) for source in node.all_input_nodes}
-    return not others and names - {None} <= {site.parameter, site.bias}
+    return not others and names - {None} <= own
 
 
 def loaded(

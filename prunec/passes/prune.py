@@ -15,15 +15,16 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim
 from prunec.graph.memory import release_freed, settled_heap
 from prunec.graph.selection import BoolArray, Keep, Selection
+from prunec.importance.blocks import block_key, joined, moments_of
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
-from prunec.importance.gram import energy, second_moment
+from prunec.importance.gram import energy
 from prunec.importance.problem import SiteProblem
 from prunec.passes.checkpoint import Decision, Journal, temporary_journal
-from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
+from prunec.passes.problems import Mender, site_problem
 from prunec.passes.setup import Setup
-from prunec.passes.sites import Site, site_problem
+from prunec.passes.sites import Site
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.measure import Measured, Measurement, Statistics
 from prunec.passes.targets.budget import Budget
@@ -99,8 +100,8 @@ def prune_sites(setup: Setup, budget: Budget, *, journal: Journal | None = None)
     if weights.stored and journal is None:
         journal = temporary_journal()
     worker = _Worker(setup, budget, journal)
-    shared = [site for site in setup.sites if len(site.nodes) > 1]
-    single = [site for site in setup.sites if len(site.nodes) == 1]
+    shared = [site for site in setup.sites if site.is_shared]
+    single = [site for site in setup.sites if not site.is_shared]
     with settled_heap(), setup.progress.task("pruning", total=len(setup.sites)) as task:
         for site in shared:
             worker.visit(site, worker.measurement([site]))
@@ -139,35 +140,10 @@ def keeps_of(coupling: CouplingGraph, kept: Mapping[str, BoolArray]) -> dict[Dim
     return keeps
 
 
-def mend(
-    site: Site,
-    problem: SiteProblem,
-    compensation: Compensation,
-    statistics: Statistics,
-    kept: BoolArray,
-    weights: Weights,
-) -> dict[str, Tensor]:
-    """The weight of a site without the columns that are not `kept`, and its bias if one is fitted.
-
-    `weights` are those before; the result is by parameter name.
-    """
-    mended = compensation.compensate(
-        problem.weight,
-        statistics,
-        torch.from_numpy(kept),
-        bias=site.bias is not None,
-        name=site.name,
-    )
-    updated = {site.parameter: mended.weight.movedim(-1, site.axis).contiguous()}
-    if site.bias is not None and mended.bias is not None:
-        before = weights[site.bias]
-        updated[site.bias] = (before.double() + mended.bias.to(before.device)).to(before.dtype)
-    return updated
-
-
 def silenced(site: Site, weights: Weights) -> dict[str, Tensor]:
-    """The weight of a site that computes nothing any more, and its bias, by parameter name."""
-    names = [site.parameter] if site.bias is None else [site.parameter, site.bias]
+    """The weights of a site that computes nothing any more, and their biases, by name."""
+    biases = [reading.bias for reading in site.readings if reading.bias is not None]
+    names = [*(reading.parameter for reading in site.readings), *biases]
     return {name: torch.zeros_like(weights[name]) for name in names}
 
 
@@ -214,8 +190,8 @@ class _Worker:
         self._dense.release()
 
     def visit(self, site: Site, measurement: Measured) -> None:
-        fixed = self._budget.narrowed.counts
-        problem = site_problem(site, self._coupling, self._weights, fixed)
+        selection = self._weights.selection
+        problem = site_problem(site, self._coupling, self._weights, selection)
         wanted = self._budget.want(site)
         if self._budget.leaves_out(site):
             measurement.skip(site)
@@ -230,8 +206,8 @@ class _Worker:
             self._report(site, problem, wanted, Decision(0, self._budget.spent))
             return
         decision = self._decision(site, problem, measurement)
-        self._budget.restore(decision.spent)
-        if decision.updated:
+        self._budget.restore(decision.spent, _counts(decision.kept))
+        if decision.removed:
             selection = self._selection(decision.kept)
             self._weights.select(selection, decision.updated)
             measurement.select(selection)
@@ -267,39 +243,32 @@ class _Worker:
         removed = int(curve.parameters[steps - 1]) if steps else 0
         loss = float(curve.loss[steps - 1]) if steps else 0.0
         kept = curve.keep(problem, steps)
-        whole = output_energy(problem.weight, statistics)
+        whole = output_energy(problem, statistics)
         error = None if whole is None else loss / whole if whole > 0 else 0.0
-        updated = self._mend(site, problem, statistics, kept) if steps else {}
+        updated = self._mend(site, statistics, kept) if steps else {}
         points = _points(curve, whole) if whole else ()
         return Decision(removed, self._budget.spent, error, kept, updated, points)
 
     def _curve(self, site: Site, problem: SiteProblem, statistics: Statistics) -> RemovalCurve:
         # Where the order depends on how much goes, the saved statistics rank again.
         if self._scores is None or getattr(self._criterion, "depends_on_limit", False):
-            return self._criterion.rank(problem, statistics, limit=self._budget.limit(site))
+            given = joined(problem, statistics)
+            return self._criterion.rank(problem, given, limit=self._budget.limit(site))
         return self._scores.curve(site)
 
     def _selection(self, kept: Mapping[str, BoolArray]) -> Selection:
         return self._weights.selection.with_keeps(keeps_of(self._coupling, kept))
 
     def _mend(
-        self,
-        site: Site,
-        problem: SiteProblem,
-        statistics: Statistics,
-        kept: Mapping[str, BoolArray],
+        self, site: Site, statistics: Statistics, kept: Mapping[str, BoolArray]
     ) -> dict[str, Tensor]:
-        """The weight that reads the units, and its bias, without those that go."""
+        """The weights that read the units, and their biases, without those that go."""
         selection = self._selection(kept)
-        columns = self._coupling.layout.parameters[site.parameter][site.axis]
-        mask = selection.mask(columns)
-        if mask is None:
-            raise PlanError(f"nothing was removed at {site.name}")
-        return mend(site, problem, self._compensation, statistics, mask, self._weights)
+        mender = Mender(self._coupling, self._compensation, selection, self._weights)
+        return mender.mend(site, statistics)
 
     def _report(self, site: Site, problem: SiteProblem, wanted: int, decision: Decision) -> None:
         whole = {group.name: group.size for group in site.groups}
-        counts = {name: int(mask.sum(axis=1).max()) for name, mask in decision.kept.items()}
         self.reports.append(
             SiteReport(
                 site=site.name,
@@ -307,19 +276,25 @@ class _Worker:
                 parameters=problem.size(whole),
                 wanted=wanted,
                 removed=decision.removed,
-                kept=whole | counts,
+                kept=whole | _counts(decision.kept),
                 error=decision.error,
                 curve=decision.curve,
-                bias=site.bias is not None if self._compensation.bias else None,
+                bias=site.takes_bias if self._compensation.bias else None,
             )
         )
 
 
-def output_energy(weight: Tensor, statistics: Statistics) -> float | None:
+def _counts(kept: Mapping[str, BoolArray]) -> dict[str, int]:
+    """Units kept by group, of masks ``[companion indices, units]``."""
+    return {name: int(mask.sum(axis=1).max()) for name, mask in kept.items()}
+
+
+def output_energy(problem: SiteProblem, statistics: Statistics) -> float | None:
     """The energy ``tr(W C W^T)`` of the site's dense output, where the statistics tell."""
-    if statistics.keys().isdisjoint({"input_gram", "input_tokens"}):
+    if statistics.keys().isdisjoint({"input_gram", "input_tokens", block_key("input_gram", 0)}):
         return None
-    return energy(weight, second_moment(statistics))
+    moments = moments_of(problem, joined(problem, statistics))
+    return sum(energy(problem.weight[:, span], moment) for span, moment in moments)
 
 
 def _points(curve: RemovalCurve, energy: float) -> tuple[tuple[int, float], ...]:

@@ -1,24 +1,32 @@
 """Sites: the places in the graph where a group's units are last read.
 
-The units of a group are removed at the product that reads them: an FFN channel at the second
-linear, a head at the output projection. Its weight is what compensation mends, its input what
-statistics are taken of.
+The units of a group are removed where weights read them: an FFN channel at the second linear, a
+head at the output projection, a channel at the convolutions behind it. These weights are what
+compensation mends, what they multiply is what statistics are taken of.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from torch import Tensor, fx
+import networkx as nx
+from torch import fx
 
-from prunec.graph.cost import Counts, parameter_count
 from prunec.graph.coupling import CouplingGraph, Group
-from prunec.graph.dims import Dim
-from prunec.graph.selection import IntArray, positions
-from prunec.importance.problem import SiteProblem, UnitSet
+from prunec.graph.dims import Dim, sum_of
+from prunec.graph.matrix import Matrix
+from prunec.graph.products import Product, find_products
+from prunec.graph.propagate import Layout
+from prunec.graph.rows import Rows
+from prunec.graph.sums import operator_name
+
+STREAM = "hidden"
+"""The kind of the features of the residual stream: everything reads them, see `passes.channels`."""
+
+Calls = tuple[tuple[fx.Node, Rows], ...]
+"""Calls in graph order, and the rows that a weight multiplies there."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +36,105 @@ class Producer:
     Attributes:
         parameter: the weight's name.
         axis: its output axis.
-        calls: per call in graph order, the node and the operand that the weight multiplies.
+        matrix: how it is a stack of matrices.
+        calls: where, and what it multiplies.
     """
 
     parameter: str
     axis: int
-    calls: tuple[tuple[fx.Node, fx.Node], ...]
+    matrix: Matrix
+    calls: Calls
 
 
 @dataclass(frozen=True)
-class Site:
-    """A weight that reads the units of some groups, and the calls in which it does.
+class Reading:
+    """A weight that reads units of a site.
 
     Attributes:
         parameter: the weight's name.
-        axis: its input axis.
-        nodes: the calls, in graph order; several where layers share the weight.
-        operands: per call, the value that carries the units.
-        groups: the groups whose units are read, major first.
-        block: the repeated block it lies in, if any.
-        producers: the weights that make the units, in graph order.
+        matrix: how it is a stack of matrices.
         bias: name of the parameter that every call, and nothing else, adds to its product.
     """
 
     parameter: str
-    axis: int
-    nodes: tuple[fx.Node, ...]
-    operands: tuple[fx.Node, ...]
+    matrix: Matrix
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """The same rows, and all weights of a site that multiply them.
+
+    Attributes:
+        calls: where, the first of these weights being called; several where layers share them.
+        readings: the weights.
+        parts: the number of matrices that each of them is a stack of.
+    """
+
+    calls: Calls
+    readings: tuple[Reading, ...]
+    parts: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """The weights that read the units of some groups.
+
+    Attributes:
+        name: the last of these weights.
+        inputs: what they read; none where only the weights themselves can rank the units.
+        groups: the groups whose units are read, major first.
+        block: the repeated block it lies in, if any.
+        producers: the weights that make the units, in graph order.
+        end: the last call that reads units.
+        start: from where on values are computed anew once units have gone, because what has passed
+            the site's first call, or a router, cannot be cut; None where cutting is enough.
+    """
+
+    name: str
+    inputs: tuple[Input, ...]
     groups: tuple[Group, ...]
     block: str | None
     producers: tuple[Producer, ...] = ()
-    bias: str | None = None
+    end: fx.Node | None = None
+    start: fx.Node | None = None
 
     @property
-    def name(self) -> str:
-        return self.parameter.rpartition(".")[0] or self.parameter
+    def readings(self) -> tuple[Reading, ...]:
+        return tuple(reading for given in self.inputs for reading in given.readings)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters that hold units of the site's groups."""
+        return list(dict.fromkeys(m.parameter for group in self.groups for m in group.members))
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The calls before which rows are read."""
+        return tuple(node for given in self.inputs for node, _ in given.calls)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether layers share a weight of it."""
+        return any(len(given.calls) > 1 for given in self.inputs)
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether each of its weights has a bias of its own."""
+        return bool(self.inputs) and all(reading.bias for reading in self.readings)
+
+    def columns(self, coupling: CouplingGraph) -> Dim:
+        """The columns of all its weights as one axis, block after block."""
+        parameters = coupling.layout.parameters
+        if not self.inputs:
+            return sum_of(parameters[name][axis] for name, axis in self.members)
+        firsts = [given.readings[0] for given in self.inputs]
+        return sum_of(first.matrix.columns(parameters[first.parameter]) for first in firsts)
+
+    @property
+    def members(self) -> list[tuple[str, int]]:
+        """Every axis of a parameter that holds units of the site's groups."""
+        return list(dict.fromkeys((m.parameter, m.axis) for g in self.groups for m in g.members))
 
 
 @dataclass(frozen=True)
@@ -73,165 +145,184 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A product of a weight, and which axis of it a leaf lies on."""
-
-    node: fx.Node
-    operand: fx.Node
-    parameter: str
-    axis: int
-    bias: fx.Node | None
-
-
-# operator -> (input, weight, the weight's input axis, its output axis, bias)
-_PRODUCTS = {
-    "aten::linear": ("input", "weight", 1, 0, "bias"),
-    "aten::addmm": ("mat1", "mat2", 0, 1, "self"),
-    "aten::mm": ("self", "mat2", 0, 1, None),
-}
-
-
-def find_sites(coupling: CouplingGraph, kinds: Collection[str]) -> tuple[list[Site], list[Skipped]]:
-    """The sites of all groups of these kinds, in graph order, and the groups that have none."""
-    reads, makes = _products(coupling)
-    places: dict[tuple[str, int], list[Group]] = {}
-    skipped: list[Skipped] = []
-    for group in coupling.groups:
-        if group.kind not in kinds:
-            continue
-        found = {(read.parameter, read.axis) for read in reads.get(group.dim, [])}
-        if len(found) == 1:
-            places.setdefault(found.pop(), []).append(group)
-        else:
-            reason = f"read by {len(found)} weights" if found else "no linear layer reads it"
-            skipped.append(Skipped(group.name, reason))
-    order = {node: i for i, node in enumerate(coupling.program.graph.nodes)}
-    sites = []
-    for (parameter, axis), groups in places.items():
-        at = [r for r in reads[groups[0].dim] if (r.parameter, r.axis) == (parameter, axis)]
-        blocks = {group.block for group in groups}
-        sites.append(
-            Site(
-                parameter=parameter,
-                axis=axis,
-                nodes=tuple(read.node for read in at),
-                operands=tuple(read.operand for read in at),
-                groups=tuple(sorted(groups, key=lambda group: len(group.companions))),
-                block=blocks.pop() if len(blocks) == 1 else None,
-                producers=_producers([make for group in groups for make in makes[group.dim]]),
-                bias=_own_bias(coupling, at),
-            )
-        )
-    return sorted(sites, key=lambda site: order[site.nodes[-1]]), skipped
-
-
-def _products(
-    coupling: CouplingGraph,
-) -> tuple[dict[Dim, list[_Product]], dict[Dim, list[_Product]]]:
-    """Per leaf, the products with a weight that sum over it, and those whose result carries it."""
-    program, layout = coupling.program, coupling.layout
-    reads: dict[Dim, list[_Product]] = defaultdict(list)
-    makes: dict[Dim, list[_Product]] = defaultdict(list)
-    for node in program.graph.nodes:
-        name = getattr(getattr(node.target, "_schema", None), "name", "")
-        if name not in _PRODUCTS:
-            continue
-        operand, weight, read_axis, made_axis, bias = _PRODUCTS[name]
-        call = layout.call(node)
-        parameter = program.bindings.get(call.arg(weight).name)
-        added = call.arg(bias) if bias else None
-        if parameter in program.parameters:
-            for found, axis in ((reads, read_axis), (makes, made_axis)):
-                product = _Product(node, call.arg(operand), str(parameter), axis, added)
-                for leaf in call.dims(weight)[axis].leaves():
-                    found[leaf].append(product)
-    return reads, makes
-
-
-def _producers(makes: Sequence[_Product]) -> tuple[Producer, ...]:
-    calls: dict[tuple[str, int], dict[fx.Node, fx.Node]] = {}
-    for make in makes:
-        calls.setdefault((make.parameter, make.axis), {})[make.node] = make.operand
-    return tuple(
-        Producer(parameter, axis, tuple(found.items()))
-        for (parameter, axis), found in calls.items()
-    )
-
-
-def _own_bias(coupling: CouplingGraph, reads: Sequence[_Product]) -> str | None:
-    """The parameter ``[out]`` that these calls, and no others, add to their product."""
-    program, (bias, *others) = coupling.program, dict.fromkeys(read.bias for read in reads)
-    if bias is None or others or len(coupling.layout.dims(bias)) != 1:
-        return None
-    name = program.bindings.get(bias.name)
-    own = set(bias.users) == {read.node for read in reads}
-    return name if own and name in {*program.parameters, *program.added} else None
-
-
-def site_problem(
-    site: Site,
-    coupling: CouplingGraph,
-    tensors: Mapping[str, Tensor],
-    fixed: Counts | None = None,
-) -> SiteProblem:
-    """What a criterion is asked at this site.
+def find_sites(
+    coupling: CouplingGraph, kinds: Collection[str], *, by_weight: bool = False
+) -> tuple[list[Site], list[Skipped]]:
+    """The sites of all groups of these kinds, in graph order, and the groups that have none.
 
     Args:
-        tensors: the present member parameters.
-        fixed: units that are left of leaves of no site, such as the residual stream.
+        by_weight: the weights themselves rank the units, so a group needs no weight that reads it.
     """
-    names = site_parameters(site)
-    by_name = {group.name: group.dim for group in site.groups}
-    columns = coupling.layout.parameters[site.parameter][site.axis]
-
-    def size(counts: Mapping[str, int]) -> int:
-        kept = {**(fixed or {}), **{by_name[name]: count for name, count in counts.items()}}
-        return parameter_count(coupling, kept, names)
-
-    return SiteProblem(
-        name=site.name,
-        weight=tensors[site.parameter].movedim(site.axis, -1),
-        unit_sets=tuple(_unit_set(group, coupling, columns) for group in site.groups),
-        parameters={name: tensors[name] for name in names},
-        size=size,
-        reader=(site.parameter, site.axis),
-        producers=tuple((made.parameter, made.axis) for made in site.producers),
-    )
-
-
-def site_parameters(site: Site) -> list[str]:
-    """The names of all parameters that hold units of the site's groups."""
-    return list(dict.fromkeys(m.parameter for group in site.groups for m in group.members))
+    finder = _Finder(coupling)
+    chosen = [group for group in coupling.groups if group.kind in kinds]
+    reads = {group: finder.reads(group) for group in chosen}
+    silent = [group for group in chosen if not reads[group]]
+    sites, skipped = [], []
+    if by_weight:
+        joint = _sharing({group: group.members for group in chosen})
+        apart = [groups for groups in joint if not set(groups).isdisjoint(silent)]
+        sites = [finder.silent_site(groups) for groups in apart]
+        silent = [group for groups in apart for group in groups]
+    else:
+        skipped = [Skipped(group.name, finder.reason(group)) for group in silent]
+    heard = {group: reads[group] for group in chosen if group not in silent}
+    joint = _sharing({group: [_key(read) for read in found] for group, found in heard.items()})
+    sites += [finder.site(groups, [r for g in groups for r in heard[g]]) for groups in joint]
+    return sorted(sites, key=finder.place), skipped
 
 
-def _unit_set(group: Group, coupling: CouplingGraph, columns: Dim) -> UnitSet:
-    companions = [coupling[name] for name in group.companions]
-    dims = [companion.dim for companion in companions]
-    return UnitSet(
-        group=group.name,
-        companions=group.companions,
-        columns=unit_positions(columns, group.dim, dims),
-        positions={
-            (member.parameter, member.axis): unit_positions(
-                coupling.layout.parameters[member.parameter][member.axis], group.dim, dims
-            )
-            for member in group.members
-        },
-        minimum=group.minimum,
-    )
+def _key(product: Product) -> tuple[str, Matrix]:
+    return product.parameter, product.matrix
 
 
-def unit_positions(axis: Dim, leaf: Dim, companions: Sequence[Dim]) -> IntArray:
-    """Int [C, U, width]: where each unit of a leaf stands on an axis, per companion index."""
-    table = positions(axis)
-    first = dict(reversed(table))
-    rows = np.zeros(axis.size, dtype=np.int64)
-    for companion in companions:
-        rows = rows * companion.size + first[companion.root]
-    places = [np.flatnonzero(index >= 0) for found, index in table if found is leaf.root]
-    units = [index[index >= 0] for found, index in table if found is leaf.root]
-    place, unit = np.concatenate(places), np.concatenate(units)
-    order = np.lexsort((place, unit, rows[place]))
-    count = int(np.prod([companion.size for companion in companions], initial=1))
-    return place[order].reshape(count, leaf.size, -1)
+def _sharing(places: Mapping[Group, Iterable[Hashable]]) -> list[list[Group]]:
+    """Groups that have a place in common, together, in the order of the first of each."""
+    graph: nx.Graph[Hashable] = nx.Graph()
+    for group, found in places.items():
+        graph.add_node(group.name)
+        graph.add_edges_from((group.name, (place,)) for place in found)
+    components = [set(component) for component in nx.connected_components(graph)]
+    return [[group for group in places if group.name in component] for component in components]
+
+
+class _Finder:
+    """The products of a program by the leaves that they sum over, hold apart, or make."""
+
+    def __init__(self, coupling: CouplingGraph):
+        self._coupling = coupling
+        self._order = {node: i for i, node in enumerate(coupling.program.graph.nodes)}
+        self._sums: dict[Dim, list[Product]] = defaultdict(list)
+        self._holds: dict[Dim, list[Product]] = defaultdict(list)
+        self._makes: dict[Dim, list[Product]] = defaultdict(list)
+        for product in find_products(coupling.program, coupling.layout):
+            for found, axes in (
+                (self._sums, product.matrix.inner),
+                (self._holds, product.matrix.stack),
+                (self._makes, product.matrix.outer),
+            ):
+                for leaf in product.leaves(coupling.layout, axes):
+                    found[leaf].append(product)
+
+    def place(self, site: Site) -> int:
+        """Where in the graph a site is decided; what needs no data comes first."""
+        return -1 if site.end is None else self._order[site.end]
+
+    def reads(self, group: Group) -> list[Product]:
+        """The products that read the units of a group last.
+
+        Those that sum over them, or, as for experts, those that hold one matrix for each unit and
+        feed no other such product.
+        """
+        if group.kind == STREAM:
+            return []
+        leaf = group.dim.root
+        if self._sums[leaf]:
+            return self._sums[leaf]
+        apart = self._holds[leaf]
+        layout = self._coupling.layout
+        last: list[Product] = []
+        fed: set[Dim] = set()
+        for product in sorted(apart, key=lambda p: self._order[p.node], reverse=True):
+            if fed.isdisjoint(product.leaves(layout, product.matrix.outer)):
+                last.append(product)
+            fed |= product.leaves(layout, product.matrix.inner)
+        return last
+
+    def reason(self, group: Group) -> str:
+        """Why no site is found for a group."""
+        ranked = "only its weights can rank it (importance=magnitude, random, taylor or fisher)"
+        if group.kind == STREAM:
+            return "a feature of the residual stream, which goes by itself (units=hidden)"
+        layout, leaf = self._coupling.layout, group.dim.root
+        for node in self._coupling.program.graph.nodes:
+            carried = node in layout.values and leaf in _leaves_of(layout, node)
+            before = [n for n in node.all_input_nodes if leaf in _leaves_of(layout, n)]
+            if node in layout.data and before and not carried:
+                name = operator_name(node) or str(node.target)
+                return f"{name} sums over it, no stored weight does; {ranked}"
+        return f"no weight reads it; {ranked}"
+
+    def site(self, groups: Sequence[Group], reads: Sequence[Product]) -> Site:
+        by_weight: dict[tuple[str, Matrix], dict[fx.Node, Product]] = {}
+        for product in sorted(reads, key=lambda product: self._order[product.node]):
+            by_weight.setdefault(_key(product), {})[product.node] = product
+        by_rows: dict[tuple[Rows, ...], list[list[Product]]] = {}
+        for calls in by_weight.values():
+            rows = tuple(product.rows for product in calls.values())
+            by_rows.setdefault(rows, []).append(list(calls.values()))
+        inputs = tuple(self._input(weights) for weights in by_rows.values())
+        nodes = sorted({read.node for read in reads}, key=self._order.__getitem__)
+        end = self._order[nodes[-1]]
+        made = [make for group in groups for make in self._makes[group.dim.root]]
+        makes = [make for make in made if self._order[make.node] < end]
+        return Site(
+            name=list(by_weight)[-1][0].removesuffix(".weight"),
+            inputs=inputs,
+            groups=tuple(sorted(groups, key=lambda group: len(group.companions))),
+            block=_block(groups),
+            producers=self._producers(makes, groups),
+            end=nodes[-1],
+            start=self._start(groups, nodes),
+        )
+
+    def silent_site(self, groups: Sequence[Group]) -> Site:
+        """A site without input: the units are ranked by the weights alone."""
+        major_first = sorted(groups, key=lambda group: len(group.companions))
+        return Site(groups[-1].name, (), tuple(major_first), _block(groups))
+
+    def _input(self, weights: Sequence[Sequence[Product]]) -> Input:
+        first = weights[0]
+        return Input(
+            calls=tuple((product.node, product.rows) for product in first),
+            readings=tuple(
+                Reading(calls[0].parameter, calls[0].matrix, self._own_bias(calls))
+                for calls in weights
+            ),
+            parts=first[0].rows.parts,
+        )
+
+    def _producers(self, makes: Sequence[Product], groups: Sequence[Group]) -> tuple[Producer, ...]:
+        calls: dict[tuple[str, Matrix], dict[fx.Node, Product]] = {}
+        for make in makes:
+            calls.setdefault(_key(make), {})[make.node] = make
+        leaves = {group.dim.root for group in groups}
+        parameters = self._coupling.layout.parameters
+        found = []
+        for (name, matrix), products in calls.items():
+            dims = matrix.dims(parameters[name])
+            axis = next(a for a in matrix.outer if not leaves.isdisjoint(dims[a].leaves()))
+            rows = tuple((node, product.rows) for node, product in products.items())
+            found.append(Producer(name, matrix.own_axis(axis), matrix, rows))
+        return tuple(found)
+
+    def _own_bias(self, calls: Sequence[Product]) -> str | None:
+        """The parameter that these calls, and no others, add to their product, once an output."""
+        program, (bias, *others) = self._coupling.program, dict.fromkeys(c.bias for c in calls)
+        if bias is None or others or len(self._coupling.layout.dims(bias)) != 1:
+            return None
+        name = program.bindings.get(bias.name)
+        own = set(bias.users) == {product.node for product in calls}
+        return name if own and name in {*program.parameters, *program.added} else None
+
+    def _start(self, groups: Sequence[Group], nodes: Sequence[fx.Node]) -> fx.Node | None:
+        """The first value that cannot be cut once units are gone."""
+        layout = self._coupling.layout
+        ranked = {group.dim.root for group in groups if group.dim.has("ranked")}
+        stale = [
+            node
+            for node in self._order
+            if ranked and node in layout.data and not ranked.isdisjoint(_leaves_of(layout, node))
+        ]
+        places = sorted([*stale[:1], *nodes], key=self._order.__getitem__)
+        return places[0] if len(places) > 1 else None
+
+
+def _leaves_of(layout: Layout, node: fx.Node) -> set[Dim]:
+    return {
+        leaf for value in layout.values.get(node, ()) for dim in value.dims for leaf in dim.leaves()
+    }
+
+
+def _block(groups: Sequence[Group]) -> str | None:
+    blocks = {group.block for group in groups}
+    return blocks.pop() if len(blocks) == 1 else None

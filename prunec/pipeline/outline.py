@@ -12,7 +12,8 @@ from prunec.graph.coupling import couple
 from prunec.graph.trace import Example, trace
 from prunec.passes.allocation.uniform import Allocation, Uniform
 from prunec.passes.recipe import Recipe
-from prunec.passes.sites import Skipped, find_sites, site_parameters
+from prunec.passes.sites import Skipped, find_sites
+from prunec.passes.statistics.prior import reads_no_input
 from prunec.passes.targets.budget import block_budget
 from prunec.passes.targets.goal import Goal, block_parameters
 from prunec.passes.targets.target import Target
@@ -49,7 +50,8 @@ def outline(
         PlanError: the target cannot be reached.
     """
     coupling = couple(trace(model, example))
-    sites, skipped = find_sites(coupling, recipe.units)
+    parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
+    sites, skipped = find_sites(coupling, recipe.units, by_weight=reads_no_input(*parts))
     goal = Goal.on(coupling, target)
     sites = goal.concerned(sites)
     allocation: Allocation = recipe.allocation.build("allocation")
@@ -64,7 +66,7 @@ def outline(
         wanted={}
         if looks
         else {
-            site.name: (parameter_count(coupling, names=site_parameters(site)), budget.share(site))
+            site.name: (parameter_count(coupling, names=site.parameters), budget.share(site))
             for site in sites
         },
         skipped=tuple(skipped),

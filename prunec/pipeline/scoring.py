@@ -21,7 +21,7 @@ from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.dense import GroupScores, dense_sites, score_groups
-from prunec.passes.statistics.prior import prior_statistics
+from prunec.passes.statistics.prior import prior_statistics, reads_no_input
 
 Batches = Calibration | Iterable[Any]
 """What `prunec.calibration.calibrate` gives, or any iterable of inputs by name."""
@@ -82,7 +82,8 @@ def score(
     batches = model_inputs(model, data, loss)
     with progress.task("trace the model"):
         coupling = couple(trace(model, batches[0]))
-    sites, _ = find_sites(coupling, {group.kind for group in coupling.groups})
+    kinds, by_weight = {group.kind for group in coupling.groups}, reads_no_input(criterion)
+    sites, _ = find_sites(coupling, kinds, by_weight=by_weight)
     names = criterion.statistics
     prior = prior_statistics(model, sites, names, data.batches, loss=loss, progress=progress)
     setup = Setup(

@@ -24,7 +24,7 @@ from prunec.passes.setup import Setup
 from prunec.passes.sites import Site, Skipped, find_sites
 from prunec.passes.slice import Weights, weights_of
 from prunec.passes.statistics.dense import dense_sites
-from prunec.passes.statistics.prior import prior_statistics
+from prunec.passes.statistics.prior import prior_statistics, reads_no_input
 from prunec.passes.statistics.scores import Origin, Scores, Shelf
 from prunec.passes.targets.budget import Budget, block_budget
 from prunec.passes.targets.goal import Goal
@@ -42,6 +42,7 @@ def thin(run: Run) -> Result:
     setup = _measured(run, coupling, sites)
     goal = Goal.on(coupling, run.aim)
     setup = replace(setup, sites=goal.concerned(sites))
+    skipped += _left_out(sites, setup.sites, goal)
     together = processes()
     journal = opened_journal(
         run.checkpoint if together.first else None, _identity(run, setup), resume=run.resume
@@ -101,11 +102,20 @@ def _sites(run: Run) -> tuple[CouplingGraph, list[Site], list[Skipped]]:
     """Where units go; the graph has room for a bias at each where one is fitted."""
     coupling = run.couple()
     with run.clock("trace"):
-        sites, skipped = find_sites(coupling, run.recipe.units)
+        by_weight = reads_no_input(run.criterion, run.compensation)
+        sites, skipped = find_sites(coupling, run.recipe.units, by_weight=by_weight)
         if run.compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))
             sites, skipped = find_sites(coupling, run.recipe.units)
     return coupling, sites, skipped
+
+
+def _left_out(sites: Sequence[Site], kept: Sequence[Site], goal: Goal) -> list[Skipped]:
+    """The groups that a goal does not count."""
+    counted = {group.name for site in kept for group in site.groups}
+    reason = f"the target ({goal.target}) does not count it"
+    names = [group.name for site in sites for group in site.groups]
+    return [Skipped(name, reason) for name in names if name not in counted]
 
 
 def _measured(run: Run, coupling: CouplingGraph, sites: Sequence[Site]) -> Setup:

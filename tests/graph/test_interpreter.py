@@ -46,8 +46,10 @@ def test_stopping_on_the_way_changes_nothing(coupling: CouplingGraph) -> None:
     sites, _ = find_sites(coupling, KINDS)
     shapes = []
     for site in sites:
-        for node, operand in zip(site.nodes, site.operands, strict=True):
-            stream.advance(node, operand, lambda number, value: shapes.append(tuple(value.shape)))
+        for node, rows in site.inputs[0].calls:
+            stream.advance(
+                node, rows.operand, lambda number, value: shapes.append(tuple(value.shape))
+            )
     assert len(sites) == 4
     assert shapes == [(2, 7, 32)] * 2 + [(2, 7, 48)] * 2 + [(2, 7, 32)] * 2 + [(2, 7, 48)] * 2
     for batch, result in zip(batches, stream.finish(), strict=True):
@@ -80,8 +82,8 @@ def test_slicing_on_the_way_equals_the_sliced_program(
     sites, _ = find_sites(coupling, KINDS)
     everything = []
     for site in sites:
-        for node, operand in zip(site.nodes, site.operands, strict=True):
-            stream.advance(node, operand, lambda number, value: None)
+        for node, rows in site.inputs[0].calls:
+            stream.advance(node, rows.operand, lambda number, value: None)
         everything += site.groups
         selection = choose(everything, ragged=ragged, by_name=coupling)
         weights.select(selection, {})

@@ -21,7 +21,8 @@ from prunec.importance.gradients import GRADIENT_STATISTICS, gradient_statistics
 from prunec.importance.statistics import statistic_of
 from prunec.importance.taylor import Taylor
 from prunec.models.loss import loss_samples, own_loss
-from prunec.passes.sites import find_sites, site_problem
+from prunec.passes.problems import site_problem
+from prunec.passes.sites import find_sites
 from prunec.passes.statistics.prior import prior_statistics
 
 
@@ -294,7 +295,7 @@ def test_every_criterion_of_gradients_ranks_every_site_of_a_language_model() -> 
             assert curve.loss[-1] > 0
     feed_forward = site_problem(sites[1], coupling, coupling.program.state)
     name = "model.layers.0.mlp"
-    assert feed_forward.reader == (f"{name}.down_proj.weight", 1)
+    assert feed_forward.readers == ((f"{name}.down_proj.weight", 1),)
     assert feed_forward.producers == (
         (f"{name}.gate_proj.weight", 0),
         (f"{name}.up_proj.weight", 0),
@@ -342,7 +343,7 @@ def test_taylor_folds_members(aggregation, fold) -> None:
 
 
 def test_fisher_of_masks_knows_that_columns_go_together() -> None:
-    problem = replace(attention(kv=3, per=1), reader=("o", 1))
+    problem = replace(attention(kv=3, per=1), readers=(("o", 1),))
     problem = replace(problem, unit_sets=problem.unit_sets[:1])
     dots = torch.zeros(2, 6, dtype=torch.float64)
     dots[:, 0], dots[:, 1] = 5.0, -5.0  # head 0: large gradients that cancel

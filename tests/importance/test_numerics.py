@@ -44,13 +44,13 @@ def feed_forward() -> SiteProblem:
         unit_sets=(whole,),
         parameters=parameters,
         producers=producers,
-        reader=("down", 1),
+        readers=(("down", 1),),
     )
 
 
 def heads() -> SiteProblem:
     producers = (("q", 0), ("k", 0), ("v", 0))
-    return replace(attention(3, 2, 2), producers=producers, reader=("o", 1))
+    return replace(attention(3, 2, 2), producers=producers, readers=(("o", 1),))
 
 
 def statistics_of(problem: SiteProblem, x: Tensor, kinds: frozenset[str]) -> dict[str, Tensor]:

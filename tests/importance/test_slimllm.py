@@ -154,7 +154,7 @@ def feed_forward(units: int = 12, *, seed: int = 0) -> SiteProblem:
             "down": site.weight,
         },
         producers=(("gate", 0), ("up", 0)),
-        reader=("down", 1),
+        readers=(("down", 1),),
     )
 
 

@@ -53,7 +53,7 @@ def prune(model: nn.Module, compensation: str = "bias", ratio: float = 0.4) -> p
 def test_places_for_biases_change_nothing_until_they_are_filled() -> None:
     coupling = coupled(tiny_llama())
     sites, _ = find_sites(coupling, UNITS)
-    assert all(site.bias is None for site in sites)
+    assert not any(site.takes_bias for site in sites)
     before = coupling.program
     after = with_biases(before, sites)
     assert after.added == {f"{site.name}.bias" for site in sites}
@@ -61,7 +61,7 @@ def test_places_for_biases_change_nothing_until_they_are_filled() -> None:
     torch.testing.assert_close(after.run(**before.example), before.run(**before.example))
     again = couple(after)
     sites, _ = find_sites(again, UNITS)
-    assert [site.bias for site in sites] == [f"{site.name}.bias" for site in sites]
+    assert [site.readings[0].bias for site in sites] == [f"{site.name}.bias" for site in sites]
     assert with_biases(after, sites) is after
     hidden = again.layout.parameters["model.layers.0.mlp.down_proj.weight"][0]
     assert again.layout.parameters["model.layers.0.mlp.down_proj.bias"][0].root is hidden.root
@@ -70,7 +70,7 @@ def test_places_for_biases_change_nothing_until_they_are_filled() -> None:
 def test_biases_that_the_model_has_are_found_and_none_is_added() -> None:
     coupling = coupled(tiny_gpt2())
     sites, _ = find_sites(coupling, UNITS)
-    assert [site.bias for site in sites] == [f"{site.name}.bias" for site in sites]
+    assert [site.readings[0].bias for site in sites] == [f"{site.name}.bias" for site in sites]
     assert with_biases(coupling.program, sites) is coupling.program
 
 
@@ -89,7 +89,7 @@ class _ReadsItTwice(nn.Module):
 def test_a_bias_that_something_else_reads_is_left_alone() -> None:
     coupling = couple(trace(_ReadsItTwice().eval(), torch.randn(3, 8)))
     (site,), _ = find_sites(coupling, ["ffn_channel"])
-    assert site.bias is None
+    assert not site.takes_bias
     assert not with_biases(coupling.program, [site]).added
 
 

@@ -78,7 +78,7 @@ def test_statistics_of_sites_and_producers_equal_hooks(make) -> None:
     names = {"input_square", "producer_square"}
     for site, _, statistics in dense_sites(setup, names):
         torch.testing.assert_close(
-            statistics["input_square"], truth[site.parameter], rtol=1e-5, atol=1e-8
+            statistics["input_square"], truth[site.readings[0].parameter], rtol=1e-5, atol=1e-8
         )
         for producer in site.producers:
             found = statistics[statistic_of("producer_square", producer.parameter)]

@@ -171,7 +171,8 @@ def test_moments_are_those_of_both_programs(kind: str, target: str, tokens: str)
     dense = coupling.program
     state = slice_state(coupling, selection, dense.state)
     pruned = slice_program(coupling, selection, state)
-    (node,), (operand,) = site.nodes, site.operands
+    ((node, rows),) = site.inputs[0].calls
+    operand = rows.operand
     data = batches()
 
     def stream(chosen: Selection) -> Stream:
@@ -186,7 +187,8 @@ def test_moments_are_those_of_both_programs(kind: str, target: str, tokens: str)
         measurement = Measurement(stream(selection), [site], [], regression=regression)
     got = measurement.take(site)
 
-    weight = dense.state[site.parameter].movedim(site.axis, -1)
+    (reading,) = site.readings
+    (weight,) = reading.matrix.split(dense.state[reading.parameter])
     offsets = list(residual_offsets(coupling.layout, node)) if target == "residual" else []
     nodes = [operand, *(offset.node for offset in offsets)]
     fit, held = [], []

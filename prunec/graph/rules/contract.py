@@ -40,13 +40,20 @@ def _product(call: Call, left: str, right: str, shape: list[int]) -> Dims:
     free_left = list(a[-2:-1])
     free_right = list(b[-1:]) if len(b) > 1 else []
     batch = call.broadcast([a[:-2], b[:-2]], shape[: len(shape) - len(free_left + free_right)])
-    if call.is_data(left) and call.is_data(right):
+    if _is_computed(call, call.arg(left)) and _is_computed(call, call.arg(right)):
         call.note(inner, "score")
         for dim in batch:
             call.note(dim, "head")
         for dim in free_right:
             call.note(dim, "value")
     return (*batch, *free_left, *free_right)
+
+
+def _is_computed(call: Call, node: fx.Node) -> bool:
+    """Whether a value is made from the user's inputs, not a stored weight looked up by them."""
+    schema = getattr(node.target, "_schema", None)
+    is_lookup = schema is not None and schema.name == "aten::index"
+    return call.is_data(node) and not (is_lookup and not call.is_data(node.all_input_nodes[0]))
 
 
 @RULES.register("aten::einsum")
@@ -79,9 +86,8 @@ def einsum(call: Call) -> Result:
 
 def _einsum_roles(call: Call, terms: list[str], result: str, letters: dict[str, Dim]) -> None:
     """Roles as in `_product`, of the two operands that depend on the user's inputs."""
-    data = [
-        term for term, node in zip(terms, call.arg("tensors"), strict=True) if call.is_data(node)
-    ]
+    nodes = call.arg("tensors")
+    data = [term for term, node in zip(terms, nodes, strict=True) if _is_computed(call, node)]
     if len(data) != 2:
         return
     result += "".join(term for term in terms if term not in data)
@@ -132,6 +138,8 @@ def grouped_matmul(call: Call) -> Result:
     names = [a.name for a in call.target._schema.arguments[:2]]
     rows, stack = call.dims(names[0]), call.dims(names[1])
     call.unify(rows[1], stack[1])
+    for dim in (stack[1], stack[2]):
+        call.note(dim, "aligned")  # the fused kernel refuses strides that are no whole 16 bytes
     if isinstance(call.arg("offs"), fx.Node):
         call.unify(stack[0], call.dims("offs")[0])
     return (rows[0], stack[2])

@@ -45,18 +45,16 @@ class SimilaritySoftmax:
             )
 
     def shares(self, context: Context) -> dict[str, float]:
-        """Raises PlanError where the model has no residual stream, or too much is asked."""
-        similarities = context.seen("similarity-softmax").similarities
-        lost = [block for block in context.blocks if block not in similarities]
-        if lost:
-            raise PlanError(
-                f"{lost[0]} adds nothing to a residual stream, so it has no input and output"
-                " to compare",
-                fix="use an allocation that does not compare them, such as log-increase",
-            )
+        """A block that adds nothing to a residual stream counts as the mean of those that do.
+
+        Raises:
+            PlanError: too much is asked, or there is no data.
+        """
+        known = context.seen("similarity-softmax").similarities
+        mean = sum(known.values()) / len(known) if known else 1.0
         sizes = list(context.blocks.values())
         ratios = self.ratios(
-            [similarities[block] for block in context.blocks], context.target, sizes
+            [known.get(block, mean) for block in context.blocks], context.target, sizes
         )
         return context.by_block(ratios)
 

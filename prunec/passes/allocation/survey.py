@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from prunec.errors import PlanError
 from prunec.graph.residual import passages
+from prunec.importance.blocks import joined
 from prunec.importance.curves import RemovalCurve
 from prunec.passes.allocation.trials import DenseTrials, split
 from prunec.passes.distributed import processes
@@ -32,7 +33,7 @@ class DenseSurvey:
             return {site.name: setup.scores.curve(site) for site in setup.sites}
         measured = dense_sites(setup, setup.criterion.statistics)
         return {
-            site.name: setup.criterion.rank(problem, statistics)
+            site.name: setup.criterion.rank(problem, joined(problem, statistics))
             for site, problem, statistics in measured
         }
 
@@ -40,16 +41,15 @@ class DenseSurvey:
     def similarities(self) -> dict[str, float]:
         """Mean over tokens of the cosine between a block's input and its output, by block.
 
+        Blocks that add nothing to a residual stream have none.
+
         Raises:
-            PlanError: the model has no residual stream, or there are no batches.
+            PlanError: there are no batches.
         """
         self._check_data()
         along = passages(self._setup.coupling.program, self._setup.coupling.layout)
         if not along:
-            raise PlanError(
-                "the model's blocks have no residual stream, so no input and output to compare",
-                fix="use an allocation that does not compare them, such as log-increase",
-            )
+            return {}
         position = {node: i for i, node in enumerate(self._setup.coupling.program.graph.nodes)}
         ends = {node for passage in along.values() for node in (passage.enters, passage.leaves)}
         stream = self._setup.weights.stream(processes().share(self._setup.batches))

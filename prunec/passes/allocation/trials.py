@@ -13,12 +13,13 @@ from torch import Tensor
 
 from prunec.events import silent
 from prunec.graph.selection import Selection
+from prunec.importance.blocks import joined
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.passes.allocation.levels import LEFT_OUT, Cut, Levels, stitch
 from prunec.passes.compensation.closed_form import ObsCompensation
-from prunec.passes.prune import keeps_of, mend, output_energy, prune_sites, silenced
+from prunec.passes.problems import Mender, site_problem
+from prunec.passes.prune import keeps_of, output_energy, prune_sites, silenced
 from prunec.passes.setup import Setup
-from prunec.passes.sites import site_problem
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.measure import Measurement
 from prunec.passes.targets.budget import Budget
@@ -113,11 +114,11 @@ class DenseTrials:
             for site in setup.sites:
                 problem = site_problem(site, setup.coupling, weights)
                 statistics = {**setup.prior, **measurement.take(site)}
-                curve = setup.criterion.rank(problem, statistics)
+                curve = setup.criterion.rank(problem, joined(problem, statistics))
                 held = problem.size({group.name: group.size for group in site.groups})
                 levels[site.name] = found = Levels.of(curve, held, self._count)
                 cuts[site.name] = []
-                energy = output_energy(problem.weight, statistics)
+                energy = output_energy(problem, statistics)
                 if site.name in self._branches and energy is not None:
                     found = found.and_left_out(self._branches[site.name], energy)
                     levels[site.name] = found
@@ -126,14 +127,11 @@ class DenseTrials:
                         cuts[site.name].append(Cut({}, silenced(site, weights)))
                         continue
                     keeps = keeps_of(setup.coupling, curve.keep(problem, int(step)))
-                    mask = Selection(keeps).mask(
-                        setup.coupling.layout.parameters[site.parameter][site.axis]
-                    )
-                    if not step or mask is None:
+                    if not step:
                         cuts[site.name].append(Cut({}, {}))
                         continue
-                    mended = mend(site, problem, compensation, statistics, mask, weights)
-                    cuts[site.name].append(Cut(keeps, mended))
+                    mender = Mender(setup.coupling, compensation, Selection(keeps), weights)
+                    cuts[site.name].append(Cut(keeps, mender.mend(site, statistics)))
                 weights.release()
                 task.advance()
         return levels, cuts

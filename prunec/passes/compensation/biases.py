@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from prunec.graph.program import Program
-from prunec.passes.sites import Site
+from prunec.passes.sites import Reading, Site
 
 
 def with_biases(program: Program, sites: Sequence[Site]) -> Program:
@@ -23,8 +23,10 @@ def with_biases(program: Program, sites: Sequence[Site]) -> Program:
     names = {
         node.name: name
         for site in sites
-        if (name := _vacancy(program, site))
-        for node in site.nodes
+        for given in site.inputs
+        for reading in given.readings
+        if (name := _vacancy(program, reading))
+        for node in _calls(program, reading.parameter)
     }
     if not names:
         return program
@@ -54,8 +56,19 @@ def with_biases(program: Program, sites: Sequence[Site]) -> Program:
     )
 
 
-def _vacancy(program: Program, site: Site) -> str | None:
-    """The name under which the site's module would hold a bias; None if it has one, or no place."""
-    name = f"{site.name}.bias"
-    linear = all(node.target is torch.ops.aten.linear.default for node in site.nodes)
-    return name if linear and site.bias is None and name in program.vacant else None
+def _vacancy(program: Program, reading: Reading) -> str | None:
+    """The name of the bias that the weight's module has an empty place for, if it has one."""
+    name = f"{reading.parameter.removesuffix('.weight')}.bias"
+    linear = torch.ops.aten.linear.default
+    fits = all(node.target is linear for node in _calls(program, reading.parameter))
+    return name if fits and reading.bias is None and name in program.vacant else None
+
+
+def _calls(program: Program, parameter: str) -> list[fx.Node]:
+    """The calls that are given a parameter."""
+    return [
+        user
+        for node in program.graph.nodes
+        if node.op == "placeholder" and program.bindings.get(node.name) == parameter
+        for user in node.users
+    ]

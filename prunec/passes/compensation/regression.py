@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -19,9 +20,10 @@ from prunec.graph.interpreter import Reader, Stream
 from prunec.graph.program import source_line
 from prunec.graph.propagate import Layout
 from prunec.graph.residual import ancestors
+from prunec.graph.rows import Chunk
 from prunec.importance.statistics import InputGram
 from prunec.passes.distributed import processes
-from prunec.passes.sites import Site
+from prunec.passes.sites import Input
 
 Target = Literal["own", "dense", "residual"]
 Tokens = Literal["alike", "capped"]
@@ -70,11 +72,15 @@ class Regression:
 
 
 class Moments:
-    """The moments of one site while the batches stream by.
+    """The moments of one input of a site while the batches stream by, for each matrix of it.
+
+    The target of rows that a router shares out is always the site's own output: the dense model
+    may have sent other tokens there.
 
     Args:
         regression: which.
-        site: where.
+        given: the rows and the weights that read them.
+        name: the site's, for messages.
         stream: the pruned program's, that is about to reach the site.
         dense: the dense program's, which walks beside it; None where the target does not need it.
 
@@ -84,87 +90,110 @@ class Moments:
     """
 
     def __init__(
-        self, regression: Regression, site: Site, stream: Stream, dense: Stream | None
+        self,
+        regression: Regression,
+        given: Input,
+        name: str,
+        stream: Stream,
+        dense: Stream | None,
     ) -> None:
-        self._regression, self._site = regression, site
+        self._regression, self._given, self._name = regression, given, name
+        self._rows = dict(given.calls)
         self._stream, self._dense = stream, dense
-        self._operands = dict(zip(site.nodes, site.operands, strict=True))
-        self._rows = next(iter(stream.program.example.values())).shape[0]
-        self._fit = InputGram(site.name)
-        self._held = InputGram(site.name) if regression.holdout else None
+        self._own = dense is None or given.calls[0][1].shared_out
+        self._windows = next(iter(stream.program.example.values())).shape[0]
+        self._fit = [InputGram(name) for _ in range(given.parts)]
+        self._held = [InputGram(name) for _ in range(given.parts)] if regression.holdout else []
         if regression.holdout and processes().size > 1:
             raise PlanError(
                 "windows are held out in one process only",
                 fix="set compensation.holdout to 0, or run without torchrun",
             )
-        held = int(stream.batches * self._rows * regression.holdout)
+        held = int(stream.batches * self._windows * regression.holdout)
         if regression.holdout and not held:
             raise PlanError(
-                f"{stream.batches * self._rows} calibration windows leave none to hold out",
+                f"{stream.batches * self._windows} calibration windows leave none to hold out",
                 fix="give more windows, or set compensation.holdout to 0",
             )
         self._offsets: dict[fx.Node, list[Offset]] = {}
-        if regression.target == "residual":
+        if regression.target == "residual" and not self._own:
             self._offsets = {
-                node: list(residual_offsets(stream.layout, node)) for node in site.nodes
+                node: list(residual_offsets(stream.layout, node)) for node, _ in given.calls
             }
 
     def update(self, number: int, node: fx.Node, read: Reader, read_dense: Reader | None) -> None:
         """Take in one batch at one call of the site."""
-        operand = self._operands[node]
-        value = read(operand)
-        x = _wide(value)
-        parts = [x, x.new_ones(len(x), 1)]
-        if read_dense is not None:
-            parts.append(self._target(node, read, read_dense))
-        z = torch.cat(parts, dim=1)
-        tokens = self._stream.real_tokens(number, operand, value)
-        counts = z.new_ones(len(z)) if tokens is None else tokens.flatten().to(z.dtype)
-        if self._regression.tokens == "capped":
-            own = read_dense is None
-            counts = counts * _cap(x @ self._reading(self._stream).T if own else parts[-1], counts)
-        held = self._is_held(number, len(z)).to(z.device)
-        self._fit.update(z, counts * ~held)
-        if self._held is not None:
-            self._held.update(z, counts * held)
+        rows = self._rows[node]
+        real = partial(self._stream.real_tokens, number)
+        beside = None
+        if read_dense is not None and not self._own:
+            beside = rows.chunks(read_dense, real)
+        for chunk in rows.chunks(read, real):
+            x = _wide(chunk.rows)
+            parts = [x, x.new_ones(len(x), 1)]
+            if beside is not None and read_dense is not None:
+                parts.append(self._target(next(beside), node, read, read_dense))
+            z = torch.cat(parts, dim=1)
+            counts = z.new_ones(len(z)) if chunk.counts is None else chunk.counts.to(z.dtype)
+            if self._regression.tokens == "capped":
+                made = x @ self._reading(self._stream, chunk.part).T if self._own else parts[-1]
+                counts = counts * _cap(made, counts)
+            held = self._is_held(number, len(z)).to(z.device)
+            self._fit[chunk.part].update(z, counts * ~held)
+            if self._held:
+                self._held[chunk.part].update(z, counts * held)
 
-    def statistics(self) -> dict[str, Tensor]:
-        """`fit_gram` and `held_gram`.
+    def statistics(self) -> list[dict[str, Tensor]]:
+        """`fit_gram` and `held_gram`, for each matrix.
 
         Raises:
             VerifyError: no token counted.
         """
-        for gram in (self._fit, self._held):
-            if gram is not None:
+        kinds = {"fit_gram": self._fit} | ({"held_gram": self._held} if self._held else {})
+        found: list[dict[str, Tensor]] = [{} for _ in self._fit]
+        for name, grams in kinds.items():
+            for gram in grams:
                 gram.merge(processes().total)
-        found = {"fit_gram": self._fit.finish()}
-        return found if self._held is None else {**found, "held_gram": self._held.finish()}
+            idle = any(gram.tokens > 0 for gram in grams)
+            for taken, gram in zip(found, grams, strict=True):
+                taken[name] = gram.finish(idle=idle)
+        return found
 
-    def _target(self, node: fx.Node, read: Reader, read_dense: Reader) -> Tensor:
+    def _target(self, dense: Chunk, node: fx.Node, read: Reader, read_dense: Reader) -> Tensor:
         assert self._dense is not None
-        target = _wide(read_dense(self._operands[node])) @ self._reading(self._dense).T
+        target = _wide(dense.rows) @ self._reading(self._dense, dense.part).T
         for offset in self._offsets.get(node, ()):
             gap = _wide(read_dense(offset.node)) - _wide(read(offset.node))
             target = target + gap / offset.scale
         return target
 
-    def _reading(self, stream: Stream) -> Tensor:
-        """The site's weight in that stream, ``[out, columns]``."""
-        return _wide(stream.weight(self._site.parameter).movedim(self._site.axis, -1))
+    def _reading(self, stream: Stream, part: int) -> Tensor:
+        """What the site's weights are in that stream, ``[out, columns]``."""
+        stacks = [
+            reading.matrix.split(stream.weight(reading.parameter))[part]
+            for reading in self._given.readings
+        ]
+        return _wide(torch.cat(stacks))
 
     def _is_held(self, number: int, tokens: int) -> Tensor:
-        """Bool ``[tokens]``; windows are the first axis of a batch."""
-        windows = range(number * self._rows, (number + 1) * self._rows)
+        """Bool ``[tokens]``; windows are the first axis of a batch.
+
+        Of rows that a router shares out, which come from all windows, one in so many is held out.
+        """
+        windows = range(number * self._windows, (number + 1) * self._windows)
         held = torch.tensor([self._regression.holds_out(window) for window in windows])
         if not bool(held.any()):
             return torch.zeros(tokens, dtype=torch.bool)
-        if tokens % self._rows:
+        if tokens % self._windows and self._given.calls[0][1].shared_out:
+            rows = [self._regression.holds_out(row) for row in range(tokens)]
+            return torch.tensor(rows, dtype=torch.bool)
+        if tokens % self._windows:
             raise PlanError(
-                f"{tokens} tokens of {self._rows} windows cannot be told apart",
-                where=self._site.name,
+                f"{tokens} tokens of {self._windows} windows cannot be told apart",
+                where=self._name,
                 fix="set compensation.holdout to 0",
             )
-        return held.repeat_interleave(tokens // self._rows)
+        return held.repeat_interleave(tokens // self._windows)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from prunec.importance.blocks import joined
 from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import FloatArray, SiteProblem, UnitSet
 from prunec.passes.compensation.regression import Regression
 from prunec.passes.distributed import processes
+from prunec.passes.problems import site_problem
 from prunec.passes.setup import Setup
-from prunec.passes.sites import Site, site_problem
+from prunec.passes.sites import Site
 from prunec.passes.statistics.measure import Measurement, Statistics
 
 
@@ -102,8 +104,9 @@ def score_groups(
 ) -> list[GroupScores]:
     """Rank each group of a site by itself, down to its minimum."""
     found = []
+    given = joined(problem, statistics)
     for unit_set in problem.unit_sets:
-        curve = criterion.rank(_alone(problem, unit_set), statistics)
+        curve = criterion.rank(_alone(problem, unit_set), given)
         scores = np.full(unit_set.columns.shape[:2], np.nan)
         steps = np.diff(curve.loss, prepend=0.0)
         for removal, loss in zip(curve.removals, steps, strict=True):

@@ -9,10 +9,19 @@ from torch import Tensor, nn
 
 from prunec.events import Progress, silent
 from prunec.graph.trace import Loss, trace_loss
+from prunec.importance.curves import Criterion
 from prunec.importance.gradients import GRADIENT_STATISTICS, Part, gradient_statistics
 from prunec.models.loss import loss_samples, own_loss
+from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
+
+
+def reads_no_input(criterion: Criterion, compensation: Compensation | None = None) -> bool:
+    """Whether weights and gradients are all that units are ranked and mended by."""
+    names = criterion.statistics | (compensation.statistics if compensation else frozenset())
+    fits = compensation is not None and compensation.regression is not None
+    return not fits and names <= set(GRADIENT_STATISTICS)
 
 
 def prior_statistics(

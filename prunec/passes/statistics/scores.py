@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from prunec.errors import CheckpointError, PlanError
 from prunec.graph.selection import Selection
+from prunec.importance.blocks import joined, plain_name
 from prunec.importance.curves import Criterion, Removal, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
@@ -125,7 +126,7 @@ class Scores:
                 raise self._refused("are of other units", f"{held}, and now {', '.join(groups)}")
         for site in sites[:1]:
             with self._open(site) as file:
-                kept = {key.split(" ")[0] for key in file.keys()}  # noqa: SIM118
+                kept = {plain_name(key) for key in file.keys()}  # noqa: SIM118
             if missing := sorted(set(names) - kept):
                 raise self._refused("lack what this compensation reads", ", ".join(missing))
 
@@ -325,7 +326,7 @@ def _site_tensors(
 ) -> dict[str, Tensor]:
     members = {member.parameter for group in site.groups for member in group.members}
     held = {key: _stored(value) for key, value in statistics.items() if _belongs(key, members)}
-    curve = criterion.rank(problem, statistics)
+    curve = criterion.rank(problem, joined(problem, statistics))
     return {**held, **_curve_tensors(curve, [group.name for group in site.groups])}
 
 

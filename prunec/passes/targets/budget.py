@@ -23,6 +23,7 @@ from prunec.passes.targets.accounts import Account, check_reachable, totals_afte
 from prunec.passes.targets.constraints import Constraints, counts_along
 from prunec.passes.targets.costs import Parameters
 from prunec.passes.targets.goal import TOLERANCE, Goal, amount, block_parameters
+from prunec.passes.targets.interplay import Interplay
 
 __all__ = ["TOLERANCE", "Budget", "block_budget", "block_parameters"]
 
@@ -56,9 +57,14 @@ class Budget:
         self._accounts = dict(accounts)
         self.removed = 0.0
         self._carry = 0.0
-        shared = {name: a for name, a in accounts.items() if len(a.site.nodes) > 1}
+        self._kept: dict[str, int] = {}
+        shared = {name: a for name, a in accounts.items() if a.site.is_shared}
         ordered = shared | dict(accounts)
-        self._totals_after = totals_after(ordered, goal, constraints, self._left_out)
+        # Where sites hold parameters in common what the later ones give is not known beforehand.
+        apart = not Interplay.of(goal.measure, accounts, constraints).exists
+        self._totals_after = (
+            totals_after(ordered, goal, constraints, self._left_out) if apart else {}
+        )
 
     @property
     def rounding(self) -> float:
@@ -88,7 +94,8 @@ class Budget:
         asked = self._asked(site)
         if len(self._totals_after.get(site.name, ())) > 1:
             return None  # which point it is depends on what the later ones can come to
-        if self._counts_parameters and not self.constraints.rounds and account.least <= 0:
+        rounds = self.constraints.rounds(site.groups)
+        if self._counts_parameters(site) and not rounds and account.least <= 0:
             wished = {g.name: g.size - self.constraints.wish(g) + 1 for g in site.groups}
             return round(asked + account.parameters - self._sizes.at(site, wished))
         if len(site.groups) > 1:
@@ -150,9 +157,10 @@ class Budget:
         """What is left over for later sites, and the cost removed: all that changes on the way."""
         return self._carry, self.removed
 
-    def restore(self, spent: tuple[float, float]) -> None:
-        """Go on behind a site whose choice was made before (see `spent`)."""
+    def restore(self, spent: tuple[float, float], kept: Mapping[str, int]) -> None:
+        """Go on behind a site whose choice was made (see `spent`): its groups keep these many."""
         self._carry, self.removed = spent
+        self._kept |= kept
 
     def leaves_out(self, site: Site) -> bool:
         """Whether the site's whole branch goes."""
@@ -193,12 +201,14 @@ class Budget:
         """How far from the goal the total may be."""
         if self.goal.target.kind not in ("ratio", "latency"):
             return self.goal.tolerance
-        unit = min(account.unit for account in self._accounts.values())
+        units = [account.unit for account in self._accounts.values() if account.unit > 0]
+        unit = min(units, default=0.0)
         return max(self.goal.tolerance, unit)
 
-    @property
-    def _counts_parameters(self) -> bool:
-        return isinstance(self.goal.measure, Parameters)
+    def _counts_parameters(self, site: Site) -> bool:
+        """Whether the goal counts what the curves of a site count."""
+        measure = self.goal.measure
+        return isinstance(measure, Parameters) and measure.counts_all(site)
 
     def _asked(self, site: Site) -> float:
         """Cost that a site is asked for now, within what it must and can give."""
@@ -211,22 +221,35 @@ class Budget:
     def _parameters(self, site: Site, cost: float) -> int:
         """A cost as that part of the parameters that a site holds."""
         account = self._accounts[site.name]
-        return round(cost / account.cost * account.parameters)
+        return round(cost / account.cost * account.parameters) if account.cost else 0
 
     def _removed(self, account: Account, curve: RemovalCurve) -> FloatArray:
         """Cost removed at every point of a curve, its beginning included."""
-        if self._counts_parameters:
+        beside = self._beside(account.site)
+        if self._counts_parameters(account.site) and not beside:
             return np.concatenate(([0.0], curve.parameters))
         along = counts_along(account.site, curve)
-        points = np.stack([along[group.name] for group in account.site.groups], axis=1)
+        names = [group.name for group in account.site.groups]
         costs = [
             self.goal.measure.at(
                 account.site,
-                {group.name: int(n) for group, n in zip(account.site.groups, point, strict=True)},
+                beside | {name: int(n) for name, n in zip(names, point, strict=True)},
             )
-            for point in points
+            for point in np.stack([along[name] for name in names], axis=1)
         ]
-        return account.cost - np.asarray(costs)
+        return costs[0] - np.asarray(costs)
+
+    def _beside(self, site: Site) -> dict[str, int]:
+        """Units kept of other sites' groups that share a parameter with this one."""
+        own, held = {group.name for group in site.groups}, set(site.parameters)
+        return {
+            group.name: self._kept[group.name]
+            for account in self._accounts.values()
+            for group in account.site.groups
+            if group.name in self._kept
+            and group.name not in own
+            and any(member.parameter in held for member in group.members)
+        }
 
 
 def block_budget(
@@ -339,10 +362,15 @@ class _Question:
             if name not in left_out
         }
         rest = max(0.0, self.goal.remove - sum(gone.values()))
+        wants = within(wants, self.accounts, rest)
+        open_ = {name: a for name, a in self.accounts.items() if name not in left_out}
+        together = Interplay.of(self.goal.measure, open_, self.constraints)
+        if together.exists:
+            wants = together.settled(wants, rest, self.goal.tolerance)
         return Budget(
             self.goal,
             self.sizes,
-            {**within(wants, self.accounts, rest), **gone},
+            {**wants, **gone},
             self.accounts,
             self.constraints,
             left_out=left_out,
@@ -356,7 +384,7 @@ def _room(account: Account, blocks: Mapping[str, int], sizes: Parameters) -> Roo
         site=site.name,
         block=_home(site, blocks),
         parameters=account.parameters,
-        most=round(account.most / account.cost * account.parameters),
+        most=round(account.most / account.cost * account.parameters) if account.cost else 0,
         kinds=tuple(group.kind for group in site.groups),
         branch=0 if branch is None else round(sizes.branch(site, branch)),
     )
@@ -366,5 +394,6 @@ def _home(site: Site, blocks: Mapping[str, int]) -> str:
     """The block that a site counts to: its own, else the first that holds its weight."""
     if site.block in blocks:
         return str(site.block)
-    inside = [block for block in blocks if site.parameter.startswith(f"{block}.")]
+    last = site.readings[-1].parameter if site.readings else site.parameters[-1]
+    inside = [block for block in blocks if last.startswith(f"{block}.")]
     return inside[0] if inside else next(iter(blocks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -59,10 +59,9 @@ class Constraints:
                     fix="use a whole number, 1 or more",
                 )
 
-    @property
-    def rounds(self) -> bool:
-        """Whether some numbers of units are not allowed."""
-        return self.tensor_parallel > 1 or any(m > 1 for m in self.multiple_of.values())
+    def rounds(self, groups: Iterable[Group]) -> bool:
+        """Whether some numbers of units of these groups are not allowed."""
+        return any(self.step(group) > 1 for group in groups)
 
     def combined(self, other: Constraints) -> Constraints:
         """Both at once: least common multiples, the narrower bounds, all protected layers."""
@@ -127,7 +126,7 @@ class Constraints:
                 f"{group.name} has {group.size} units, too few for tensor parallelism over {split}",
                 fix=f"use at most {group.size}",
             )
-        multiple = self.multiple_of.get(group.kind, 1)
+        multiple = math.lcm(self.multiple_of.get(group.kind, 1), group.multiple)
         both = math.lcm(split, multiple)
         if both <= group.size:
             return both

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from torch import fx
@@ -13,21 +13,21 @@ from prunec.graph.branches import Branch
 from prunec.graph.cost import Counts, flops, node_flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.dims import Dim, extent
-from prunec.passes.sites import Site, site_parameters
+from prunec.passes.sites import Site
 from prunec.passes.targets.latency import LatencyMeasure
 
 UnitCounts = Mapping[str, int]
-"""Units kept by group name; groups that are not named are whole."""
+"""Units kept by group name, of any site; groups that are not named are whole."""
 
 
 class Measure(Protocol):
-    """A cost that a target bounds; costs of different sites add up."""
+    """A cost that a target bounds; costs of sites that share no parameter add up."""
 
     def whole(self) -> float:
         """Of the dense model."""
 
     def at(self, site: Site, counts: UnitCounts) -> float:
-        """Of everything that carries the site's units, when its groups keep these many."""
+        """Of everything that carries the site's units, when groups keep these many."""
 
     def branch(self, site: Site, branch: Branch) -> float:
         """Of a residual branch that ends in the site."""
@@ -38,21 +38,34 @@ class Parameters:
 
     Args:
         fixed: units that are left of leaves of no site, such as the residual stream.
+        names: those that count, by default all.
     """
 
-    def __init__(self, coupling: CouplingGraph, fixed: Counts | None = None):
+    def __init__(
+        self,
+        coupling: CouplingGraph,
+        fixed: Counts | None = None,
+        names: Collection[str] | None = None,
+    ):
         self._coupling = coupling
         self._fixed = fixed or {}
+        self._names = coupling.program.parameters if names is None else frozenset(names)
 
     def whole(self) -> float:
-        return parameter_count(self._coupling, self._fixed)
+        return parameter_count(self._coupling, self._fixed, self._names)
 
     def at(self, site: Site, counts: UnitCounts) -> float:
-        kept = {**self._fixed, **by_dim(site, counts)}
-        return parameter_count(self._coupling, kept, site_parameters(site))
+        kept = {**self._fixed, **by_dim(self._coupling, counts)}
+        names = [name for name in site.parameters if name in self._names]
+        return parameter_count(self._coupling, kept, names)
 
     def branch(self, site: Site, branch: Branch) -> float:
-        return parameter_count(self._coupling, self._fixed, branch.parameters)
+        names = [name for name in branch.parameters if name in self._names]
+        return parameter_count(self._coupling, self._fixed, names)
+
+    def counts_all(self, site: Site) -> bool:
+        """Whether every parameter of a site counts."""
+        return self._names.issuperset(site.parameters)
 
 
 class Memory:
@@ -66,7 +79,7 @@ class Memory:
         return self._bytes(list(self._coupling.program.parameters), {})
 
     def at(self, site: Site, counts: UnitCounts) -> float:
-        return self._bytes(site_parameters(site), by_dim(site, counts))
+        return self._bytes(site.parameters, by_dim(self._coupling, counts))
 
     def branch(self, site: Site, branch: Branch) -> float:
         return self._bytes(list(branch.parameters), {})
@@ -95,7 +108,8 @@ class Flops:
     def at(self, site: Site, counts: UnitCounts) -> float:
         if site.name not in self._carriers:
             self._carriers[site.name] = carriers(self._coupling, site)
-        kept, layout = {**self._fixed, **by_dim(site, counts)}, self._coupling.layout
+        kept = {**self._fixed, **by_dim(self._coupling, counts)}
+        layout = self._coupling.layout
         return sum(node_flops(node, layout, kept) for node in self._carriers[site.name])
 
     def branch(self, site: Site, branch: Branch) -> float:
@@ -129,7 +143,7 @@ class KvCache:
         return sum(self._bytes(dims, size, {}) for dims, size in self._cached)
 
     def at(self, site: Site, counts: UnitCounts) -> float:
-        kept, own = by_dim(site, counts), {group.dim.root for group in site.groups}
+        kept, own = by_dim(self._coupling, counts), {group.dim.root for group in site.groups}
         return sum(
             self._bytes(dims, size, kept)
             for dims, size in self._cached
@@ -166,9 +180,9 @@ def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None)
     return made.get(kind, Parameters)(coupling, fixed)
 
 
-def by_dim(site: Site, counts: UnitCounts) -> dict[Dim, int]:
-    """Counts by leaf instead of by group name."""
-    return {group.dim: counts[group.name] for group in site.groups if group.name in counts}
+def by_dim(coupling: CouplingGraph, counts: UnitCounts) -> Counts:
+    """Units kept by leaf."""
+    return {coupling[name].dim: count for name, count in counts.items()}
 
 
 def carriers(coupling: CouplingGraph, site: Site) -> list[fx.Node]:

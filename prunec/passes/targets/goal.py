@@ -45,11 +45,13 @@ class Goal:
         """
         if not isinstance(target, Target):
             target = Target.of_ratio(target)
-        measure = measure_for(target.kind, coupling)
         if target.kind == "ratio":
-            total = sum(block_parameters(coupling).values())
+            names = {name for inside in _blocks(coupling).values() for name in inside}
+            measure: Measure = Parameters(coupling, names=names)
+            total = measure.whole()
             remove = target.value * total
             return cls(target, measure, total, remove, TOLERANCE * remove)
+        measure = measure_for(target.kind, coupling)
         whole = measure.whole()
         left = target.value * (whole if target.relative else 1.0)
         if left >= whole:
@@ -65,8 +67,13 @@ class Goal:
         Raises:
             PlanError: nothing is, or the measure does not count them.
         """
-        measure = measure_for(self.target.kind, coupling, counts)
         ratio = self.target.kind == "ratio"
+        names = {name for inside in _blocks(coupling).values() for name in inside}
+        measure = (
+            Parameters(coupling, counts, names)
+            if ratio
+            else measure_for(self.target.kind, coupling, counts)
+        )
         of = sum(block_parameters(coupling, counts).values()) if ratio else measure.whole()
         remove = self.remove - (self.of - of)
         if remove <= self.tolerance:
@@ -89,7 +96,7 @@ class Goal:
         return found
 
     def _groups(self, site: Site) -> tuple[Group, ...]:
-        if isinstance(self.measure, LatencyMeasure | Parameters):
+        if isinstance(self.measure, LatencyMeasure):
             return site.groups
         whole = self.measure.at(site, {})
         return tuple(
@@ -104,11 +111,13 @@ def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> d
 
     ``counts`` are the units kept by leaf; others whole.
     """
+    blocks = _blocks(coupling).items()
+    return {block: parameter_count(coupling, counts, names) for block, names in blocks}
+
+
+def _blocks(coupling: CouplingGraph) -> dict[str, list[str]]:
     names = [name for name in coupling.layout.parameters if name in coupling.program.parameters]
-    blocks = blocks_of(names)
-    if not blocks:
-        return {"": parameter_count(coupling, counts)}
-    return {block: parameter_count(coupling, counts, names) for block, names in blocks.items()}
+    return blocks_of(names) or {"": names}
 
 
 def amount(kind: str, value: float) -> str:
