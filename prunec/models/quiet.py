@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from logging import ERROR
 from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
@@ -32,7 +33,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
+        hub_logging.set_verbosity(ERROR)
         if bars:
             logging.disable_progress_bar()
         elif hub_bars:
