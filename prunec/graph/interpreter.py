@@ -177,20 +177,20 @@ class Stream:
         """Bool over the leading axes of a node's value: which tokens are no padding."""
         return self._padding.real_tokens(batch, node, value)
 
+    @torch.no_grad()  # no context in the body: one that is left half-way would stay
     def finish(self) -> Iterator[Tensor]:
         """Run every batch to the end; yields the program's first output for each."""
         segment = self._nodes[self._cursor :]
         fresh = self._nodes[max(self._cursor, self._shared_until) :]
         (output,) = self.program.graph.find_nodes(op="output")
         result = output.args[0][0]
-        with torch.no_grad():
-            self._run_shared(fresh)
-            calls = self._calls(segment)
-            for waiting in self._live:
-                live = present(waiting, self._device)
-                waiting.clear()
-                self._run(segment, live, calls)
-                yield self._value(result, live)
+        self._run_shared(fresh)
+        calls = self._calls(segment)
+        for waiting in self._live:
+            live = present(waiting, self._device)
+            waiting.clear()
+            self._run(segment, live, calls)
+            yield self._value(result, live)
         self._cursor = len(self._nodes)
 
     def select(self, selection: Selection) -> None:

@@ -56,6 +56,16 @@ def test_stopping_on_the_way_changes_nothing(coupling: CouplingGraph) -> None:
         assert torch.equal(result, program.run(None, **batch))
 
 
+def test_a_stream_left_half_way_leaves_gradients_on(coupling: CouplingGraph) -> None:
+    program = coupling.program
+    batches = [tokens(seed) for seed in range(2)]
+    stream = Stream(program, coupling.layout, batches, program.state.__getitem__)
+    assert torch.is_grad_enabled()
+    results = stream.finish()
+    assert not next(results).requires_grad
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("hold_bytes", [None, 0])
 @pytest.mark.parametrize("place", ["memory", "disk"])

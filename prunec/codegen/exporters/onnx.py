@@ -32,12 +32,12 @@ class Onnx:
     alone: ClassVar[bool] = True
 
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
-        for package in ("onnx", "onnxscript"):
-            if find_spec(package) is None:
-                raise ExportError(f"ONNX export needs {package}", fix=FIX)
         return untraceable(source)
 
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
+        for package in ("onnx", "onnxscript"):
+            if find_spec(package) is None:
+                raise ExportError(f"ONNX export needs {package}", fix=FIX)
         traced = source.traced
         try:
             with _no_warnings():
