@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunec.errors import PlanError, PluginError, VerifyError
 from prunec.graph.paths import block_of
+from prunec.graph.sums import is_product, operator_name
 from prunec.graph.trace import trace
 from prunec.recovery.settings import Recovery
 
-_PRODUCTS = ("aten::linear", "aten::addmm", "aten::mm", "aten::matmul")
+
+@dataclass(frozen=True)
+class Targets:
+    """What takes a low-rank update, by path, in the order of the graph.
+
+    `layers` are linear layers; `stacks` parameters [experts, m, n] that hold a matrix an expert.
+    """
+
+    layers: tuple[str, ...]
+    stacks: tuple[str, ...] = ()
 
 
-def linear_targets(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]:
-    """Paths of the linear layers whose product the traced graph computes, in its order.
+def find_targets(model: nn.Module, example: Mapping[str, Tensor]) -> Targets:
+    """The matrices whose product the traced graph computes.
 
     Those in repeated blocks, or all but the heads where the model repeats nothing: embeddings and
     heads are not trained.
@@ -28,26 +39,34 @@ def linear_targets(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]
         PlanError: there is none.
     """
     program = trace(model, example)
-    found: dict[str, None] = {}
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if getattr(schema, "name", "") not in _PRODUCTS:
-            continue
-        for source in node.all_input_nodes:
-            # the weight itself, or a view of it
-            while source.op == "call_function" and len(source.all_input_nodes) == 1:
-                source = source.all_input_nodes[0]
-            name = program.bindings.get(source.name)
-            if name is not None and name.endswith(".weight"):
-                found[name.removesuffix(".weight")] = None
-    linear = [path for path in found if isinstance(_module(model, path), nn.Linear | Conv1D)]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    layers: dict[str, None] = {}
+    stacks: dict[str, None] = {}
+    for node in filter(is_product, program.graph.nodes):
+        for operand in node.all_input_nodes:
+            name = program.bindings.get(_origin(operand).name, "")
+            path = name.removesuffix(".weight")
+            if isinstance(_module(model, path), nn.Linear | Conv1D):
+                layers[path] = None
+            elif len(shapes.get(name, ())) == 3 and "conv" not in operator_name(node):
+                stacks[name] = None
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
-    inner = [path for path in linear if block_of(f"{path}.weight") is not None]
-    targets = inner or [path for path in linear if _module(model, path) is not head]
-    if not targets:
+    inner = [path for path in layers if block_of(f"{path}.weight") is not None]
+    chosen = inner or [path for path in layers if _module(model, path) is not head]
+    if not chosen and not stacks:
         raise PlanError("no linear layer of this model can take LoRA", fix="--method full")
-    return targets
+    return Targets(tuple(chosen), tuple(stacks))
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a node is a view or a choice of rows of, or the node itself."""
+    while node.op == "call_function":
+        chosen = operator_name(node) in ("index", "index_select")
+        if len(node.all_input_nodes) != 1 and not chosen:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -69,23 +88,31 @@ def attach(model: Any, settings: Recovery, example: Mapping[str, Tensor]) -> Any
 
     Raises:
         PluginError: peft is not installed.
+        PlanError: a dropout where experts are trained, whose update is of the weight itself.
     """
     model.requires_grad_(False)
     if settings.train == "full":
         return model.requires_grad_(True)
     peft = _peft()
-    targets = linear_targets(model, example)
+    targets = find_targets(model, example)
     if settings.train == "lora":
+        if targets.stacks and settings.dropout:
+            raise PlanError(
+                "the update of stacked experts takes no dropout",
+                where=targets.stacks[0],
+                fix="--set dropout=0",
+            )
         config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
-            target_modules=targets,
+            target_modules=list(targets.layers),
+            target_parameters=list(targets.stacks) or None,
             task_type="CAUSAL_LM",
         )
     else:
         config = peft.IA3Config(
-            target_modules=targets,
+            target_modules=list(targets.layers),
             feedforward_modules=[],
             modules_to_save=norms(model) or None,
             task_type="CAUSAL_LM",

@@ -45,7 +45,7 @@ class Recovery:
             many of the teacher's probabilities are kept, the rest as one (0 keeps all).
         packing: several samples in a row, where the model keeps them apart.
         gradient_checkpointing: recompute activations in the backward pass.
-        bf16: mixed precision; None for wherever the device is a GPU that has it.
+        bf16: mixed precision; None for wherever the GPU or the CPU has instructions for it.
         seed: of the order, the dropout and new weights.
     """
 

@@ -234,7 +234,7 @@ def trainer(
     every = 10**9 if by_clock else every  # the watch says when
     bf16 = settings.bf16
     if bf16 is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = _computes_in_bf16(device)
     arguments: dict[str, Any] = {
         "output_dir": str(work),
         "max_steps": settings.steps or -1,
@@ -277,6 +277,17 @@ def trainer(
         data_collator=partial(collate, packed=packed),
         callbacks=[watch, EarlyStoppingCallback(settings.patience)],
     )
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster there than float32: emulated on a CPU, it is slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device.type != "cpu":
+        return False
+    # older versions of torch cannot say
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _micro_batch(settings: Recovery, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""lm-eval through prunec: its own numbers, digit for digit."""
+"""lm-eval through prunec: on one directory its own numbers, digit for digit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_model import tiny_llama, tiny_tokenizer, write_tiny_llama
+from tiny_model import TEXT, tiny_llama, tiny_tokenizer, write_tiny_llama
+from typer.testing import CliRunner
 
+from prunec.cli.app import app
 from prunec.errors import CalibrationError
 from prunec.evaluation import task_scores
-from prunec.models import open_model
 
 pytestmark = [
     pytest.mark.engine("lm-eval"),
@@ -60,7 +61,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in zip(TASKS, (CHOICE, WORD), strict=True):
         (folder / f"{name}.yaml").write_text(text.replace("ROWS", str(folder / "rows.jsonl")))
     write_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(TEXT * 30)
+    run(
+        *("prune", str(folder / "model"), "-o", str(folder / "small"), "--ratio", "0.3"),
+        *("--calibration", str(folder / "text.txt"), "--samples", "2", "--seq-len", "32"),
+    )
     return folder
+
+
+def run(*arguments: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(autouse=True)
@@ -68,32 +79,37 @@ def _offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
 
 
-def test_the_numbers_are_those_of_its_own_command_line(folder: Path) -> None:
-    source = open_model(str(folder / "model"))
-    scores = task_scores(source.model, source.tokenizer, TASKS, include_path=[folder], limit=20)
-    run = subprocess.run(
+@pytest.mark.parametrize("name", ["model", "small"])
+def test_the_numbers_are_those_of_its_own_command_line(folder: Path, name: str) -> None:
+    run(
+        *("eval", str(folder / name), "--tasks", ",".join(TASKS), "--limit", "20"),
+        *("--include-path", str(folder), "--json", str(folder / "ours.json")),
+    )
+    (ours,) = json.loads((folder / "ours.json").read_text())
+    done = subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "hf"),
-            *("--model_args", f"pretrained={folder / 'model'}", "--device", "cpu"),
+            *("--model_args", f"pretrained={folder / name},trust_remote_code=True"),
+            *("--device", "cpu"),
             *("--include_path", str(folder), "--tasks", ",".join(TASKS), "--limit", "20"),
-            *("--output_path", str(folder / "out.json")),
+            *("--output_path", str(folder / f"{name}.json")),
         ],
         env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    written = next(folder.glob("out*.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = next(folder.glob(f"{name}*.json"))
     theirs = json.loads(written.read_text())["results"]
-    assert len(scores) == 4
-    for score in scores:
-        assert score.samples == 20
-        assert score.value == theirs[score.task][f"{score.metric},none"]
-        error = theirs[score.task][f"{score.metric}_stderr,none"]
-        if score.metric != "perplexity":  # whose error is a bootstrap
-            assert score.stderr == error
-    assert not next(score for score in scores if score.metric == "perplexity").higher_is_better
+    assert len(ours["tasks"]) == 4
+    for score in ours["tasks"]:
+        task, metric = score["task"], score["metric"]
+        assert score["samples"] == 20
+        assert score["value"] == theirs[task][f"{metric},none"]
+        if metric != "perplexity":  # whose error is a bootstrap
+            assert score["stderr"] == theirs[task][f"{metric}_stderr,none"]
+        assert score["higher_is_better"] == (metric != "perplexity")
 
 
 def test_unknown_tasks_and_folders(folder: Path) -> None:

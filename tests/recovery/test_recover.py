@@ -11,7 +11,7 @@ import torch
 from tiny_model import TEXT, tiny_llama, tiny_tokenizer
 
 from prunec.errors import CheckpointError, PlanError
-from prunec.recovery.adapters import attach, linear_targets, merge, norms
+from prunec.recovery.adapters import attach, find_targets, merge, norms
 from prunec.recovery.recover import Recovered, recover
 from prunec.recovery.settings import load_recovery, recovery_names
 from prunec.recovery.teacher import Teacher, distillation_loss, learnt_positions, soft_targets
@@ -37,10 +37,11 @@ def run(text: str, name: str, model: Any = None, **options: Any) -> Recovered:
 
 def test_targets_are_found_by_structure() -> None:
     model = tiny_llama()
-    found = linear_targets(model, {"input_ids": torch.arange(22).reshape(2, 11)})
-    assert len(found) == 2 * 7
-    assert "lm_head" not in found
-    assert "model.layers.1.mlp.down_proj" in found
+    found = find_targets(model, {"input_ids": torch.arange(22).reshape(2, 11)})
+    assert found.stacks == ()
+    assert len(found.layers) == 2 * 7
+    assert "lm_head" not in found.layers
+    assert "model.layers.1.mlp.down_proj" in found.layers
     assert set(norms(model)) == {
         "model.norm",
         *(f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")),
@@ -71,7 +72,7 @@ def test_scale_tuning_changes_norms_and_row_scales_and_nothing_else(text: str) -
     found = run(text, "scale", settings={"learning_rate": 0.02})
     assert found.report.improved
     old = dict(tiny_llama().named_parameters())
-    targets = linear_targets(tiny_llama(), {"input_ids": torch.arange(22).reshape(2, 11)})
+    targets = find_targets(tiny_llama(), {"input_ids": torch.arange(22).reshape(2, 11)}).layers
     for name, new in found.model.named_parameters():
         path = name.removesuffix(".weight")
         if path in targets:
