@@ -68,6 +68,20 @@ def test_lora_lowers_the_loss_and_merges_to_what_its_adapter_computes(text: str)
     assert config["base_model_name_or_path"] == "dense"
 
 
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_after_training_in_bf16_the_model_computes_in_its_own_precision(
+    text: str, name: str
+) -> None:
+    """accelerate leaves a forward in mixed precision on it: a merge would differ by its digits."""
+    found = run(text, name, settings={"bf16": True})
+    assert found.report.improved
+    assert "forward" not in vars(found.model)
+    ids, plain = torch.arange(30)[None], tiny_llama()
+    plain.load_state_dict(found.model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(found.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
 def test_scale_tuning_changes_norms_and_row_scales_and_nothing_else(text: str) -> None:
     found = run(text, "scale", settings={"learning_rate": 0.02})
     assert found.report.improved
