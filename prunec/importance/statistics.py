@@ -182,17 +182,20 @@ class InputMean(_Collector):
     """``E[x]``, ``[columns]``."""
 
     def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
+        x = self.of(x)
         sums += x.sum(dim=0, dtype=torch.float64) if weight is None else weight @ x.double()
         self.check(sums)
 
+    def of(self, x: Tensor) -> Tensor:
+        """What the mean is taken of."""
+        return x
 
-class InputSquare(_Collector):
+
+class InputSquare(InputMean):
     """``E[x^2]``, ``[columns]``, the diagonal of the Gram matrix without the matrix."""
 
-    def add(self, sums: Tensor, x: Tensor, weight: Tensor | None) -> None:
-        squares = x.double().square()
-        sums += squares.sum(dim=0) if weight is None else weight @ squares
-        self.check(sums)
+    def of(self, x: Tensor) -> Tensor:
+        return x.double().square()
 
 
 class InputVariance(_Collector):
