@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunec.codegen.attributes import Candidate, Values, candidate, config_field, sizes_seen
 from prunec.codegen.battery import FORWARD_ERRORS, checks, outputs, resized
 from prunec.codegen.modeling_skipped import Skipped
-from prunec.codegen.perturb import build, meta_model, numbers_of
+from prunec.codegen.perturb import build, explicit_head_dim, meta_model, numbers_of
 from prunec.codegen.search import Choice, search
 from prunec.codegen.streamed import at_hand
 from prunec.codegen.twin import assemble, stock_class, tensors_of
@@ -98,15 +98,6 @@ def _uneven(model: nn.Module, small: nn.Module) -> str | None:
     return None
 
 
-def _explicit_head_dim(config: Any) -> Iterator[dict[str, int]]:
-    """No field more; then the head_dim that the class otherwise works out from the head count."""
-    yield {}
-    heads = config_field(config, "num_attention_heads")
-    hidden = config_field(config, "hidden_size")
-    if heads and hidden and not config_field(config, "head_dim"):
-        yield {"head_dim": hidden // heads}
-
-
 def _layer_fields(
     model: Any, small: nn.Module, sliced: Sliced, path: str
 ) -> tuple[dict[int, dict[str, int]], dict[str, int], bool]:
@@ -116,7 +107,7 @@ def _layer_fields(
     """
     found = _with_effect(model, _field_candidates(model, sliced, path))
     layers = _Layers(model, small, path)
-    for base in _explicit_head_dim(model.config):
+    for base in explicit_head_dim(model.config):
         try:
             accepted = search(found, partial(layers.differ, base=base), LIMIT)
         except ExportError:
@@ -268,7 +259,7 @@ def _matching_fields(
 
 def _additions(config: Any, spare: set[int]) -> Iterator[dict[str, Any]]:
     """Fields to state beside the changed ones: none, head_dim, an empty one for a spare size."""
-    yield from _explicit_head_dim(config)
+    yield from explicit_head_dim(config)
     for name, value in vars(config).items():
         if value is None and not name.startswith("_"):
             yield from ({name: size} for size in sorted(spare))

@@ -102,7 +102,7 @@ def _fit_on(
         wanted = _referred(model, example, lambda inputs: reference(drawn.weights, inputs))
     bench = Bench(module, layers, wanted)
     read = [c for c in found if _is_read(c, layers, reads)]
-    choice, trials = _settle(model, read, bench)
+    choice, trials = _settle(model, read, bench, whole=layers is WHOLE)
     if reference is not None:
         with bench.set(choice):
             wanted += consistent(module, twin, example)
@@ -207,22 +207,27 @@ def _is_read(candidate: Candidate, layers: Layers, reads: Reads) -> bool:
     return any((path, candidate.name) in reads for path in paths if path is not None)
 
 
-def _settle(model: nn.Module, read: Sequence[Candidate], bench: Bench) -> tuple[Choice, int]:
+def _settle(
+    model: nn.Module, read: Sequence[Candidate], bench: Bench, *, whole: bool
+) -> tuple[Choice, int]:
     """One accepted choice. Where several readings pass, the one that the class itself bears out.
 
     With a single KV head, for example, any repeat count gives the same numbers by broadcasting.
+    Where the class does not say either, a part of the model (not `whole`) does not settle it; of
+    the whole a number that may stay does, and the likeliest reading is as good as the others.
     """
     accepted = search(read, bench.judge)
     choice, without_effect = dict(accepted.choice), []
     for candidate, others in accepted.equivalents.items():
         passing = (choice[candidate], *others)
         changed = [values for values in passing if values != candidate.old]
-        if len(changed) > 1:
-            borne_out = [v for v in changed if v in grown_together(model, candidate)]
-            if len(borne_out) != 1:
-                raise _ambiguous(candidate, changed, accepted.trials)
-            choice[candidate] = borne_out[0]
-        elif others:
+        several = len(changed) > 1
+        borne_out = grown_together(model, candidate).intersection(changed) if several else ()
+        if len(borne_out) == 1:
+            (choice[candidate],) = borne_out
+        elif several and not whole:
+            raise _ambiguous(candidate, changed, accepted.trials)
+        elif others and candidate.old in passing:
             choice[candidate] = candidate.old
             without_effect.append(candidate)
     choice |= _implied(model, without_effect)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from prunec.codegen.attributes import CONFIG, Candidate, Values, numbers
+from prunec.codegen.attributes import CONFIG, Candidate, Values, config_field, numbers
 from prunec.codegen.battery import FORWARD_ERRORS
 from prunec.codegen.twin import stock_class
 
@@ -50,12 +50,26 @@ def build(cls: type[nn.Module], config: Any) -> Any:
     return made
 
 
-def _perturbations(model: nn.Module, fields: dict[str, int]) -> Iterator[tuple[str, nn.Module]]:
-    """The stock class with one field doubled, or halved, or one more, where it allows that."""
+def explicit_head_dim(config: Any) -> Iterator[dict[str, int]]:
+    """No field more; then the head_dim that the class otherwise works out from the head count."""
+    yield {}
+    heads = config_field(config, "num_attention_heads")
+    hidden = config_field(config, "hidden_size")
+    if heads and hidden and not config_field(config, "head_dim"):
+        yield {"head_dim": hidden // heads}
+
+
+def _perturbations(
+    model: nn.Module, fields: dict[str, int], base: dict[str, int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The stock class with one field doubled, or halved, or one more, where it allows that.
+
+    `base`: fields that are stated beside it.
+    """
     cls = stock_class(model)
     for name, value in fields.items():
         for other in (value * 2, value // 2, value + 1):
-            built = meta_model(cls, model.config, {name: other}) if other else None
+            built = meta_model(cls, model.config, {**(base or {}), name: other}) if other else None
             if built is not None:
                 yield name, built
                 break
@@ -110,7 +124,12 @@ def grown_together(model: nn.Module, candidate: Candidate) -> set[Values]:
         return set()
     before = stock.get_submodule(path)
     found = set()
-    for _, other in _perturbations(model, numbers_of(config)):
+    others = [
+        other
+        for base in explicit_head_dim(config)  # else more heads are smaller ones, and nothing grows
+        for _, other in _perturbations(model, numbers_of(config), base)
+    ]
+    for other in others:
         after = dict(other.named_modules()).get(path, before)
         old, new = numbers(before).get(candidate.name), numbers(after).get(candidate.name)
         if isinstance(old, int) and isinstance(new, int) and old != new:
