@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import prunec
 from prunec.api import Result, apply_plan
+from prunec.errors import PlanError
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.passes.plan import GroupKeep, Plan
@@ -148,3 +150,32 @@ def test_a_module_with_a_literal_size_comes_back_as_a_graph() -> None:
     assert isinstance(result.model, torch.fx.GraphModule)
     assert "delivered as a graph" in result.report.checks[-1]
     torch.testing.assert_close(result.model(example)[0], result.program.run(None, x=example))
+
+
+class Listed(nn.Module):
+    """What repeats is `kind`, beside the layers that could be pruned."""
+
+    def __init__(self, kind: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Linear(6, 20), nn.Linear(20, 6)
+        self.listed = nn.ModuleList([kind() for _ in range(10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.expand(x)
+        for module in self.listed:
+            x = module(x) if isinstance(module, nn.LayerNorm) else x + module(x.new_zeros(1).long())
+        return self.project(x.relu())
+
+
+def test_a_list_of_norms_is_no_list_of_blocks() -> None:
+    model = Listed(lambda: nn.LayerNorm(20))
+    data = [{"x": torch.randn(30, 6)}]
+    result = prunec.prune(model, ratio=0.3, recipe="magnitude", calibration=data)
+    assert result.report.block_parameters[0] == sum(p.numel() for p in model.parameters())
+    assert result.report.realised_ratio == pytest.approx(0.3, abs=0.03)
+
+
+def test_what_goes_with_a_unit_lies_in_every_block() -> None:
+    model = Listed(lambda: nn.Embedding(3, 20))
+    with pytest.raises(PlanError, match="the blocks that hold what can be pruned hold less"):
+        prunec.prune(model, ratio=0.3, recipe="magnitude", calibration=[{"x": torch.randn(30, 6)}])

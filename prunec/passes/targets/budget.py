@@ -335,6 +335,12 @@ class _Question:
         if isinstance(self.goal.measure, Parameters):
             total = sum(prunable.values())
         ratio = self.goal.remove / total
+        if ratio >= 1:
+            raise PlanError(
+                f"{self.goal.target}: the blocks that hold what can be pruned hold less than that",
+                so="what goes with it lies in other blocks, or in none",
+                fix="lower the target, or ask for parameters of the whole model: params=80%",
+            )
         narrower = None if self.narrowed else self.narrower
         return Context(ratio, prunable, rooms, self.survey, self.budget, narrower)
 

@@ -116,8 +116,11 @@ def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> d
 
 
 def _blocks(coupling: CouplingGraph) -> dict[str, list[str]]:
+    """Names of the parameters by block; a list of mere vectors, such as norms, is no block."""
     names = [name for name in coupling.layout.parameters if name in coupling.program.parameters]
-    return blocks_of(names) or {"": names}
+    found, state = blocks_of(names), coupling.program.state
+    with_matrices = any(state[name].ndim > 1 for inside in found.values() for name in inside)
+    return found if with_matrices else {"": names}
 
 
 def amount(kind: str, value: float) -> str:
