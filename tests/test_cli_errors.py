@@ -153,11 +153,27 @@ def test_a_setting_that_is_none(work: Path, setting: str, reason: str) -> None:
 
 def test_a_plan_that_is_none(work: Path) -> None:
     (work / "plan.json").write_text('{"format": 1, "groups": {"model/ffn": {}}}')
-    assert "entry for model/ffn" in refused(work, *prune("--plan", "plan.json", model="absent"))
-    assert "cannot read the plan" in refused(work, *prune("--plan", "absent.json", model="absent"))
-    idle = ("--resume", "--activations", "disk")
-    said = refused(work, *prune("--plan", "plan.json", *idle, model="absent"))
-    assert "has no use for --resume, --activations" in " ".join(said.split())
+    plan = ("prune", "absent", "-o", "out", "--plan")
+    assert "entry for model/ffn" in refused(work, *plan, "plan.json")
+    assert "cannot read the plan" in refused(work, *plan, "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--plan", "plan.json", "--resume", "--set", "units=head"), "--set, --resume"),
+        (("--plan", "plan.json", "--ratio", "0.2", "--calibration", "self"), "--ratio, --calib"),
+        (("--recover-data", "text.txt", "--recover-set", "rank=2"), "--recover-data, --recover-s"),
+    ],
+)
+def test_options_without_effect(work: Path, options: tuple[str, ...], named: str) -> None:
+    said = refused(work, "prune", "absent", "-o", "out", *options)
+    assert f"no use for {named}" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("target", ["model", "absent/result.json"])
+def test_json_where_no_file_can_be(work: Path, target: str) -> None:
+    refused(work, *prune("--json", target, model="absent"))
 
 
 def test_a_json_file_that_cannot_be_written(work: Path) -> None:

@@ -81,7 +81,6 @@ class Screen:
     """
 
     def __init__(self, *, quiet: bool = False, json: str | None = None) -> None:
-        self.quiet = quiet
         self.seconds: dict[str, float] = {}
         self._json = json
         self._depth = 0
@@ -98,6 +97,10 @@ class Screen:
             disable=quiet or not self._err.is_terminal,
         )
         check_file_target(None if json in (None, "-") else Path(str(json)), "--json")
+
+    def hush(self) -> None:
+        """From here on as with `quiet`."""
+        self._out.quiet = self._err.quiet = self._bars.disable = True
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
@@ -196,5 +199,12 @@ def _console(*, stderr: bool, quiet: bool) -> Console:
 
 def check_file_target(path: Path | None, option: str) -> None:
     """Raises ExportError for a file that cannot be written: before the work, not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise ExportError(f"no such directory: {path.parent}", where=f"{option} {path}")
+    if path.is_dir():
+        raise ExportError(f"{path} is a directory", where=f"{option} {path}", fix="name a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ExportError(f"cannot write {path}", where=f"{option} {path}")

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json as jsons
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +12,26 @@ import typer
 from prunec.cli import options
 from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
-from prunec.errors import CheckpointError, ExportError, ModelError, PlanError
+from prunec.cli.runs import RecipeRun, carried_out, check_weights, tidied
+from prunec.errors import ExportError, PlanError
 
 if TYPE_CHECKING:
-    from prunec import Plan, Result
-    from prunec.api import Outline
+    from prunec import Plan
     from prunec.cli.console import Screen
     from prunec.cli.opening import Weights
-    from prunec.models import Source
     from prunec.passes.recipe import Recipe
     from prunec.passes.targets.constraints import Constraints
-    from prunec.passes.targets.target import Target
+
+# Options, by their names here, that say something of a recipe's run.
+_OF_A_RECIPE = (
+    *("recipe", "ratio", "target", "hardware", "multiple_of", "min_ratio", "max_ratio"),
+    *("tensor_parallel", "protect", "samples", "seq_len", "loss", "setting", "effort", "minutes"),
+    *("scores", "resume", "activations"),
+)
 
 
 def prune(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="OUT", help="The directory to write.")
@@ -155,103 +160,103 @@ def prune(
 
     Example: prunec prune smollm2 -o smaller --target params=110M --hardware gpu --protect 0
     """
-    import prunec
     from prunec.calibration.sources import parse_source
     from prunec.cli.console import Screen
-    from prunec.cli.opening import open_batches, open_loss, open_source, save_result
+    from prunec.cli.opening import open_loss, open_source, save_result
     from prunec.codegen.directory import check_shard_size
     from prunec.passes.checkpoint import progress_folder, remove_journal
-    from prunec.passes.distributed import launched
     from prunec.passes.targets.constraints import Constraints
-    from prunec.passes.targets.constraints import hardware as preset
     from prunec.passes.targets.target import chosen_target
 
     screen = Screen(quiet=quiet, json=json)
-    save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
+    _check_idle(context, plan=plan is not None, recover=recover is not None)
     training = chosen(recover, [f"seed={seed}", *(recover_set or [])]) if recover else None
-    aim = chosen_target(ratio, target)
     check_shard_size(max_shard_size)
-    _check(out, dry_run=dry_run, overwrite=overwrite)
-    given = {"--scores": scores, "--resume": resume, "--activations": activations != "auto"}
-    if plan and (idle := [name for name, value in given.items() if value]):
-        raise PlanError(f"--plan reads no data and has no use for {', '.join(idle)}")
-    cut = _read_plan(plan) if plan else None
-    limits = Constraints(
-        {"ffn_channel": multiple_of}, min_ratio, max_ratio, tensor_parallel, tuple(protect or ())
-    )
-    if hardware:
-        limits = limits.combined(preset(hardware))
-    search = {"effort": effort, "minutes": minutes}
-    changes = [*(setting or []), *(f"allocation.{k}={v}" for k, v in search.items() if v)]
-    method = None if cut else _recipe(recipe, changes, limits)
-    differentiated = open_loss(loss, method.importance if method else None)
+    written = _checked(out, dry_run=dry_run, overwrite=overwrite)
+    asked: Plan | RecipeRun
+    if plan:
+        asked = _read_plan(plan)
+    else:
+        aim = chosen_target(ratio, target)
+        widths = {"ffn_channel": multiple_of}
+        limits = Constraints(widths, min_ratio, max_ratio, tensor_parallel, tuple(protect or ()))
+        search = {"effort": effort, "minutes": minutes}
+        changes = [*(setting or []), *(f"allocation.{k}={v}" for k, v in search.items() if v)]
+        method = _recipe(recipe, changes, limits, hardware)
+        asked = RecipeRun(
+            recipe=method,
+            target=aim,
+            loss=open_loss(loss, method.importance),
+            calibration=tuple(calibration or ()),
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            scores=scores,
+            resume=resume,
+            activations=activations,
+        )
     weights: Weights = "random" if random_weights else "load"
     source = open_source(
         model,
         screen,
-        weights="meta" if dry_run and method else weights,
+        weights="meta" if dry_run and not plan else weights,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
         out_of_core=out_of_core,
         dequantise=dequantise,
     )
-    # A latency is of the calibration's shape, which is not known yet.
-    if method and (dry_run or aim.kind != "latency"):
-        outlined = _outline(screen, source, method, aim)
-        if dry_run:
-            show_outline(screen, outlined)
-            asked = aim.value if aim.kind == "ratio" else None
-            screen.write_json({"model": model, "out": None, "ratio": asked, **asdict(outlined)})
-            return
-    _check_weights(source)
-    if method:
-        batches = None
-        if calibration or not (scores and scores.exists()):
-            batches = open_batches(source, calibration or [], samples, seq_len, seed, screen)
-        assert out
-        saved = progress_folder(out)
-        with _tidied(saved, keep=resume):
-            with launched() as together:
-                screen.quiet = quiet or not together.first
-                result = prunec.prune(
-                    source.model,
-                    recipe=method,
-                    target=aim,
-                    calibration=batches,
-                    seed=seed,
-                    loss=differentiated,
-                    weights=source.weights,
-                    device=None if source.weights is None else source.device,
-                    checkpoint=saved,
-                    resume=resume,
-                    scores=scores,
-                    activations=activations,
-                    progress=screen,
-                )
-            if not together.first:  # the first process writes
+    if dry_run and isinstance(asked, RecipeRun):
+        outline = asked.outline(screen, source)
+        show_outline(screen, outline)
+        part = asked.target.value if asked.target.kind == "ratio" else None
+        screen.write_json({"model": model, "out": None, "ratio": part, **asdict(outline)})
+        return
+    check_weights(source)
+    save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
+    if isinstance(asked, RecipeRun):
+        assert written
+        batches, saved = asked.batches(screen, source), progress_folder(written)
+        with tidied(saved, keep=resume):
+            found = asked.result(screen, source, batches, saved)
+            if found is None:  # the first process writes
                 return
-            save(result, out, source, screen)
+            save(found, written, source, screen)
         remove_journal(saved)
     else:
-        assert cut
-        result = _apply(screen, source, cut)
-        if not dry_run and out:
-            save(result, out, source, screen)
-    show_report(screen, result.report)
-    written = None if dry_run else str(out)
-    record = {"model": model, "out": written, **result.report.to_json()}
-    if training and out and not dry_run:
+        found = carried_out(asked, screen, source)
+        if written:
+            save(found, written, source, screen)
+    show_report(screen, found.report)
+    record = {"model": model, "out": written and str(written), **found.report.to_json()}
+    if written and training:
         data = recover_data or parse_source((calibration or ["self"])[0]).name
         place = (device, device, dtype)
-        mended = run(screen, out, out, training, data, place=place, overwrite=True)
+        mended = run(screen, written, written, training, data, place=place, overwrite=True)
         if mended is not None:
             show(screen, mended)
             record["recovery"] = mended.to_json()
-    if push_to_hub and out and not dry_run:
-        _push(out, push_to_hub, screen)
+    if written and push_to_hub:
+        _push(written, push_to_hub, screen)
     screen.timings()
-    screen.write_json({**record, "plan": result.plan.to_json()})
+    screen.write_json({**record, "plan": found.plan.to_json()})
+
+
+def _check_idle(context: typer.Context, *, plan: bool, recover: bool) -> None:
+    """Refuse options that would be without effect."""
+    spelt = {str(option.name): max(option.opts, key=len) for option in context.command.params}
+    given = [name for name in spelt if _is_given(context, name)]
+    of_a_recipe = _OF_A_RECIPE if recover else (*_OF_A_RECIPE, "calibration")
+    if plan and (idle := [spelt[name] for name in given if name in of_a_recipe]):
+        raise PlanError(f"--plan says all by itself and has no use for {', '.join(idle)}")
+    of_training = ("recover_data", "recover_set")
+    if not recover and (idle := [spelt[name] for name in given if name in of_training]):
+        raise PlanError(f"without --recover there is no use for {', '.join(idle)}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _push(out: Path, repo: str, screen: Screen) -> None:
@@ -262,61 +267,28 @@ def _push(out: Path, repo: str, screen: Screen) -> None:
     screen.message(f"Uploaded to {address}")
 
 
-@contextmanager
-def _tidied(folder: Path, *, keep: bool) -> Iterator[None]:
-    """An error or Ctrl-C leaves no progress behind, unless it is to be kept or is another run's."""
-    from prunec.passes.checkpoint import remove_journal
-
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException:
-        if not keep:
-            remove_journal(folder)
-        raise
-
-
-def _outline(screen: Screen, source: Source, recipe: Recipe, target: Target) -> Outline:
-    """What the run would do; a target that cannot be reached fails here, before the calibration."""
-    from prunec.api import outline
-
-    with screen.task("outline"):
-        return outline(source.model, recipe=recipe, target=target, example=source.example)
-
-
-def _apply(screen: Screen, source: Source, plan: Plan) -> Result:
-    import prunec
-
-    return prunec.apply_plan(
-        source.model, plan, example=source.example, weights=source.weights, progress=screen
-    )
-
-
-def _check_weights(source: Source) -> None:
-    meta = any(parameter.is_meta for parameter in source.model.parameters())
-    if meta and source.weights is None:
-        raise ModelError(
-            f"{source.spec} has no weights", fix="add --random-weights to go on without"
-        )
-
-
-def _check(out: Path | None, *, dry_run: bool, overwrite: bool) -> None:
-    """Refuse before the work what would be refused after it."""
+def _checked(out: Path | None, *, dry_run: bool, overwrite: bool) -> Path | None:
+    """The directory to write, if any; what would be refused after the work is refused now."""
     from prunec.codegen.directory import check_target
 
     if dry_run:
-        return
+        return None
     if out is None:
         raise ExportError("no output directory", fix="add -o OUT, or --dry-run")
     check_target(out, overwrite=overwrite)
+    return out
 
 
-def _recipe(name: str, settings: Sequence[str], limits: Constraints) -> Recipe:
+def _recipe(
+    name: str, settings: Sequence[str], limits: Constraints, hardware: str | None
+) -> Recipe:
     """The recipe with its settings, proven to build before anything is loaded."""
     from prunec.cli.opening import parse_settings
     from prunec.passes.recipe import PARTS, load_recipe
+    from prunec.passes.targets.constraints import hardware as preset
 
+    if hardware:
+        limits = limits.combined(preset(hardware))
     recipe = load_recipe(name).override(parse_settings(settings))
     for part in PARTS:
         getattr(recipe, part).build(part)

@@ -1,0 +1,125 @@
+"""What `prunec prune` does once its options are read: a recipe's run, or a plan carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunec.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from prunec import Plan, Result
+    from prunec.api import Batches, Outline
+    from prunec.cli.console import Screen
+    from prunec.graph.trace import Loss
+    from prunec.models import Source
+    from prunec.passes.recipe import Recipe
+    from prunec.passes.targets.target import Target
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """A recipe and all that it is run with; the attributes are named as the options."""
+
+    recipe: Recipe
+    target: Target
+    loss: Loss | None
+    calibration: tuple[str, ...]
+    samples: int
+    seq_len: int | None
+    seed: int
+    scores: Path | None
+    resume: bool
+    activations: str
+
+    def outline(self, screen: Screen, source: Source) -> Outline:
+        """What the run would do; a target that cannot be reached fails here."""
+        from prunec.api import outline
+
+        with screen.task("outline"):
+            return outline(
+                source.model, recipe=self.recipe, target=self.target, example=source.example
+            )
+
+    def batches(self, screen: Screen, source: Source) -> Batches | None:
+        """The calibration; None where saved scores stand for it."""
+        from prunec.cli.opening import open_batches
+
+        if not self.calibration and self.scores and self.scores.exists():
+            return None
+        # Sampling text takes minutes. A latency is of the shape that comes out of it.
+        if self._samples_text(source) and self.target.kind != "latency":
+            self.outline(screen, source)
+        return open_batches(
+            source, list(self.calibration), self.samples, self.seq_len, self.seed, screen
+        )
+
+    def result(
+        self, screen: Screen, source: Source, batches: Batches | None, saved: Path
+    ) -> Result | None:
+        """Prune, with progress kept in `saved`; None in the further processes of a launcher."""
+        import prunec
+        from prunec.passes.distributed import launched
+
+        with launched() as together:
+            if not together.first:
+                screen.hush()
+            result = prunec.prune(
+                source.model,
+                recipe=self.recipe,
+                target=self.target,
+                calibration=batches,
+                seed=self.seed,
+                loss=self.loss,
+                weights=source.weights,
+                device=None if source.weights is None else source.device,
+                checkpoint=saved,
+                resume=self.resume,
+                scores=self.scores,
+                activations=self.activations,
+                progress=screen,
+            )
+        return result if together.first else None
+
+    def _samples_text(self, source: Source) -> bool:
+        """Whether the model itself writes calibration text."""
+        from prunec.calibration.sources import parse_source
+
+        named = self.calibration or (("self",) if source.tokenizer is not None else ())
+        return any(parse_source(name).kind == "self" for name in named)
+
+
+def carried_out(plan: Plan, screen: Screen, source: Source) -> Result:
+    """The model cut as a plan says."""
+    import prunec
+
+    return prunec.apply_plan(
+        source.model, plan, example=source.example, weights=source.weights, progress=screen
+    )
+
+
+@contextmanager
+def tidied(folder: Path, *, keep: bool) -> Iterator[None]:
+    """An error or Ctrl-C leaves no progress behind, unless it is to be kept or is another run's."""
+    from prunec.passes.checkpoint import remove_journal
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException:
+        if not keep:
+            remove_journal(folder)
+        raise
+
+
+def check_weights(source: Source) -> None:
+    """Raises ModelError for a model that has none."""
+    meta = any(parameter.is_meta for parameter in source.model.parameters())
+    if meta and source.weights is None:
+        raise ModelError(
+            f"{source.spec} has no weights", fix="add --random-weights to go on without"
+        )
