@@ -1,4 +1,4 @@
-"""What the acceptance gate compares: what the class can run, in finite numbers."""
+"""What the acceptance gate compares: what the class can run, in finite numbers, to the bit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from slicing import shrunk
 from torch import Tensor
 
-from prunec.codegen.gate import prepare
+from prunec.codegen.gate import accept, prepare
 from prunec.errors import VerifyError
 
 
@@ -78,3 +78,39 @@ def test_a_model_without_finite_numbers_is_not_delivered(written: tuple[Any, Pat
             compared(written)
     finally:
         weight[0] = before
+
+
+def test_the_gate_has_no_prunec_and_wants_every_tensor(tmp_path: Path) -> None:
+    """Neither code that leans on prunec nor a tensor that comes up random passes."""
+    *_, result = shrunk("llama")
+    result.model.save_pretrained(tmp_path / "out")
+
+    def refused() -> str:
+        with pytest.raises(VerifyError) as caught:
+            accept(result.model, tmp_path / "out", "AutoModelForCausalLM", result.example)
+        return str(caught.value.where)
+
+    code = tmp_path / "out" / "modeling_prunec.py"
+    text = code.read_text()
+    code.write_text(f"import prunec\n{text.partition('from __future__ import annotations')[2]}")
+    assert "not found in your environment: prunec" in refused()
+    code.write_text(text)
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.input_layernorm.weight"]  # of ones, as it would come up
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "missing_keys: ['model.layers.1.input_layernorm.weight']" in refused()
+
+
+def test_the_gate_compares_bits(tmp_path: Path) -> None:
+    *_, result = shrunk("gpt_neox")
+    result.model.save_pretrained(tmp_path / "out")
+    weight = result.model.gpt_neox.layers[0].mlp.dense_4h_to_h.weight
+    before = weight[0, 0].item()
+    weight[0, 0] = before + 1e-3
+    try:
+        with pytest.raises(VerifyError) as caught:
+            accept(result.model, tmp_path / "out", "AutoModelForCausalLM", result.example)
+    finally:
+        weight[0, 0] = before
+    assert "logits differ by" in str(caught.value.where)

@@ -111,6 +111,28 @@ def test_one_kv_head_broadcasts_under_any_count() -> None:
     assert result.attributes["model.layers.0.self_attn"]["num_key_value_groups"] == 2
 
 
+def test_a_repeat_count_is_told_where_head_dim_is_worked_out() -> None:
+    """More heads of the same hidden size are smaller ones: no parameter grows with the count."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 9, "hidden_size": 72}
+    model = T.Qwen2ForCausalLM(T.Qwen2Config(**{**DECODER, **sizes})).eval().requires_grad_(False)
+    coupling = coupling_of(model)
+    plan = random_plan(coupling, UNITS, count={"kv_group": 1, "query_head": 2})
+    result = shrink(model, by_plan(model, coupling, plan), example=example_for(model))
+    for layer in range(3):
+        own = result.attributes[f"model.layers.{layer}.self_attn"]
+        assert own["num_key_value_groups"] == 2
+
+
+def test_where_the_class_does_not_say_every_reading_is_as_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prunec.codegen.fit.grown_together", lambda *_: set())
+    model, coupling, plan, result = shrunk("llama_square", count={"kv_group": 1, "query_head": 2})
+    logits = result.model(**example_for(model)).logits
+    assert difference([logits], [masked_logits(coupling, plan)]) < 1e-5
+
+
 def test_config_fields_are_seen_by_one_module_only() -> None:
     model, *_, result = shrunk("phi3")
     assert "config" in result.attributes["model.layers.0.self_attn"]
