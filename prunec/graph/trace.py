@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from prunec.errors import TraceError
 from prunec.graph.forwards import traceable
+from prunec.graph.inline import inline
 from prunec.graph.program import Program
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -130,7 +132,7 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
         with torch.no_grad(), traceable(model), _real_looking_parameters(wrapper) as mode:
             if mode is not None:
                 arguments = tuple(mode.from_tensor(value) for value in arguments)
-            return torch.export.export(wrapper, arguments, strict=False)
+            return _without_vmap(torch.export.export(wrapper, arguments, strict=False))
     except Exception as error:  # export runs the model's own code, which may raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
@@ -141,6 +143,15 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
         ) from error
     finally:
         model.train(training)
+
+
+def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
+    """Calls of torch.vmap stand in the graph as marks around what they map: said by operators."""
+    names = {getattr(node.target, "__name__", "") for node in exported.graph.nodes}
+    if "_add_batch_dim" not in names:
+        return exported
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's of itself
+        return exported.run_decompositions({})
 
 
 @contextmanager
@@ -204,7 +215,9 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         state[name] = owned[name] if name in owned else constants[source]
     parameters = {canonical[name] for name, _ in model.named_parameters(remove_duplicate=False)}
     saved = {canonical[name] for name in model.state_dict() if name in canonical}
-    _clean(graph_module.graph, set(signature.user_outputs))
+    _return_only(graph_module.graph, set(signature.user_outputs))
+    inline(graph_module)
+    _clean(graph_module.graph)
     graph_module.recompile()
     return Program(
         graph_module=graph_module,
@@ -244,16 +257,20 @@ def _canonical_names(owned: Mapping[str, Tensor]) -> dict[str, str]:
 _CHECKS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
 
 
-def _clean(graph: fx.Graph, user_outputs: set[str]) -> None:
-    """Drop export's own checks and mutation outputs; say modules in the model's own names."""
+def _return_only(graph: fx.Graph, names: set[str]) -> None:
+    """Drop the outputs that export adds, such as mutated buffers."""
+    output = graph.output_node()
+    results = [node for node in pytree.tree_leaves(output.args) if isinstance(node, fx.Node)]
+    output.args = (tuple(node for node in results if node.name in names),)
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Drop export's own checks; say modules in the model's own names."""
     for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.startswith(_CHECKS) and not node.users:
             graph.erase_node(node)
             continue
-        if node.op == "output":
-            kept = [n for n in pytree.tree_leaves(node.args) if isinstance(n, fx.Node)]
-            node.args = (tuple(n for n in kept if n.name in user_outputs),)
         stack = node.meta.get("nn_module_stack") or {}
         paths = [str(path) for path, _ in stack.values()]
         node.meta["module"] = paths[-1].removeprefix("model").removeprefix(".") if paths else ""

@@ -1,0 +1,51 @@
+"""Sub-graphs that export sets apart, put back in line: one flat graph of operators."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+from torch._ops import HigherOrderOperator
+
+
+def inline(graph_module: fx.GraphModule) -> None:
+    """Replace each call of a region that only changes a mode by the nodes of that region.
+
+    Export sets apart what runs under another gradient mode, or with autocast switched off. A
+    program runs without gradients and without autocast, where neither makes a difference.
+    """
+    graph = graph_module.graph
+    for call in list(graph.nodes):
+        if not _changes_only_a_mode(call):
+            continue
+        at = next(i for i, argument in enumerate(call.args) if _is_module(argument))
+        attribute, inputs = call.args[at], call.args[at + 1 :]
+        region = getattr(graph_module, str(attribute.target))
+        inline(region)
+        with graph.inserting_before(call):
+            places = region.graph.find_nodes(op="placeholder")
+            results = graph.graph_copy(region.graph, dict(zip(places, inputs, strict=True)))
+        _take_results(call, results)
+        graph.erase_node(call)
+        if not attribute.users:
+            graph.erase_node(attribute)
+
+
+def _changes_only_a_mode(node: fx.Node) -> bool:
+    if not isinstance(node.target, HigherOrderOperator):
+        return False
+    if node.target.name() == "wrap_with_set_grad_enabled":
+        return True
+    return node.target.name() == "wrap_with_autocast" and node.args[2] is False
+
+
+def _is_module(argument: object) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+
+
+def _take_results(call: fx.Node, results: Any) -> None:
+    for user in list(call.users):
+        assert user.target is operator.getitem, f"{user} takes all results of {call}"
+        user.replace_all_uses_with(results[user.args[1]])
+        user.graph.erase_node(user)
