@@ -100,6 +100,7 @@ def test_without_a_plugin_it_is_refused_and_the_page_that_helps_is_named() -> No
     [
         ("dbrx", {"expert", "ffn_channel", "kv_group"}),
         ("longcat_flash", {"ffn_channel", "query_head"}),
+        ("seq2seq/switch_transformers", {"ffn_channel", "head"}),
         pytest.param("blt", {"ffn_channel", "kv_group"}, marks=pytest.mark.slow),
         pytest.param("qwen4_exp_text", {"expert", "kv_group"}, marks=pytest.mark.slow),
     ],

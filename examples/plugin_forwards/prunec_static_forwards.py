@@ -46,6 +46,19 @@ def longcat_experts(self: Any, hidden_states: Tensor, index: Tensor, weights: Te
     return torch.einsum("tei,ehi->th", inner, self.down_proj) + passed
 
 
+def switch_experts(self: Any, hidden_states: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
+    """SwitchTransformersExperts: likewise, each of them a module of its own.
+
+    Args:
+        hidden_states: [tokens, hidden].
+        selected: [tokens, 1, experts], ones at the expert of each token that has room.
+        weights: [tokens, 1], what the expert of each token counts.
+    """
+    counted = selected.squeeze(1).to(hidden_states.dtype) * weights
+    results = (expert(hidden_states) for expert in self.values())
+    return sum(result * counted[:, i, None] for i, result in enumerate(results))
+
+
 def blt_patcher(
     self: Any,
     input_ids: Tensor | None = None,
@@ -121,9 +134,12 @@ def qwen4_exp_indexer(
     pooled = apply_rotary_pos_emb(pooled, **turned).squeeze(3)
     scores = torch.einsum("bqhd,bqnd->bqnh", q.float(), pooled.float()).relu().sum(-1)
     scores = scores / math.sqrt(self.index_head_dim)
-    exists = torch.arange(count, device=q.device) < complete
-    best = scores.masked_fill(~exists, -torch.inf).topk(min(self.block_topk, count), -1).indices
-    chosen = torch.zeros_like(exists).scatter(-1, best, True) & exists
+    chosen = torch.arange(count, device=q.device) < complete
+    for existing in range(self.block_topk + 1, count + 1):  # one by one: ties fall as in the class
+        best = scores[..., :existing].topk(self.block_topk, -1).indices
+        chosen = torch.where(
+            complete == existing, torch.zeros_like(chosen).scatter(-1, best, True), chosen
+        )
     block = (rank // self.compress_ratio).clamp(0, count - 1)
     left_over = rank >= complete * self.compress_ratio
     return (seen & (left_over | chosen.gather(-1, block))).unsqueeze(1)

@@ -25,8 +25,10 @@ class WithoutPrunec(importlib.abc.MetaPathFinder):
 def tensors_of(output: Any) -> list[Any]:
     """The floating-point tensors of a model's output, in order."""
     import torch
+    from torch.utils import _pytree as pytree
 
-    return [t for t in output.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    leaves = pytree.tree_leaves(list(output.values()))
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def opened(job: dict[str, Any], auto: str, head: set[str] | None, problems: list[str]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Inputs = dict[str, Tensor]
 SHAPES = ((2, 7), (1, 1), (3, 12))  # (batch, sequence)
@@ -236,10 +237,9 @@ def _decode_last(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    leaves = pytree.tree_leaves(values)  # the feature maps of a backbone are a tuple
+    return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

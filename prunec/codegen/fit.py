@@ -95,7 +95,8 @@ def _fit_on(
         wanted = wanted or usable(twin, checks(twin, example, (own_shape(example),)))
     if not wanted:
         raise ExportError(
-            "the model does not run on its example inputs", where=type(model).__name__
+            "the model gives no finite numbers on its example inputs",
+            where=type(model).__name__,
         )
     module = assemble(short, drawn.weights, drawn.added).eval()
     if reference is not None:
@@ -183,7 +184,7 @@ def outcomes_of(twin: nn.Module, battery: Sequence[Check]) -> Outcomes:
         except FORWARD_ERRORS as error:
             log.info("check %r does not apply: %s", check.name, error)
             continue
-        if all(t.isfinite().all() for t in whole[key]):
+        if whole[key] and all(t.isfinite().all() for t in whole[key]):
             found.append((check, expected(whole[key], check)))
     return found
 

@@ -28,7 +28,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ModelError: the model takes something else; a factory can then give example inputs.
     """
-    main = getattr(model, "main_input_name", None)
+    main = _main_name(model)
     config: Any = getattr(model, "config", None)
     if config is None or main not in _MAKERS:
         raise ModelError(
@@ -44,6 +44,13 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: value if device.type == "meta" else value.to(device) for name, value in inputs.items()
     }
+
+
+def _main_name(model: nn.Module) -> str | None:
+    """The main input; where it goes by a name of the class's own, one that is taken as well."""
+    main = getattr(model, "main_input_name", None)
+    known = (name for name in _forward(model) if name in _MAKERS)
+    return main if main is None or main in _MAKERS else next(known, main)
 
 
 def _main_inputs(model: nn.Module, main: str) -> list[str]:

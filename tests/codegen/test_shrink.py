@@ -321,3 +321,35 @@ def test_redrawing_is_the_same_in_every_order() -> None:
     one, other = redraw(model, sliced).weights, redraw(model, turned).weights
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["lm_head.weight"] is one["model.embed_tokens.weight"]
+
+
+class Sorted(nn.Module):
+    """Its outputs are no numbers that could be off by little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"order": self.down(self.up(x).relu()).argsort(-1)}
+
+
+def test_without_numbers_to_compare_nothing_is_delivered() -> None:
+    model, example = Sorted().eval().requires_grad_(False), {"x": torch.randn(2, 6)}
+    coupling = coupling_of(model, example)
+    sliced = by_plan(model, coupling, random_plan(coupling, ("ffn_channel",)))
+    with pytest.raises(ExportError, match="no finite numbers"):
+        shrink(model, sliced, example=example)
+
+
+def test_feature_maps_in_a_tuple_are_compared() -> None:
+    config = T.VitDetConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=6, image_size=16, patch_size=4
+    )
+    model = T.VitDetBackbone(config).eval().requires_grad_(False)
+    example = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    (check, wanted), *_ = usable(model, checks(model, example))
+    assert [list(tensor.shape) for tensor in wanted] == [[2, 48, 4, 4]]
+    with torch.no_grad():
+        model.encoder.layer[1].mlp.fc2.weight.add_(0.1)
+    assert first_failure(model, [(check, wanted)]) is not None

@@ -931,6 +931,39 @@ pinned head[1] 10: mixed with positions
     )
 
 
+def test_windows_cut_out_and_put_back() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        y = F.unfold(F.conv2d(x, p.stem), 2, stride=2).view(2, 10, 4, 16)
+        y = F.fold((y * p.gate[:, None, None]).view(2, 40, 16), (8, 8), 2, stride=2)
+        return F.conv2d(y, p.head)
+
+    module = net(forward, stem=(10, 3, 1, 1), gate=(10,), head=(4, 10, 1, 1))
+    assert_expected_inline(
+        checked(module, IMAGE),
+        """\
+conv_channel 10: stem[0] gate[0] head[1]
+pinned stem[1] 3: an axis of the input
+pinned head[0] 4: an axis of the output
+""",
+    )
+
+
+def test_fourier_transforms_mix_the_axes_that_they_run_over() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        y = torch.fft.rfft(F.linear(x, p.up), dim=1).real
+        return torch.fft.fft(F.linear(F.linear(y, p.mix), p.down)).imag
+
+    assert_expected_inline(
+        checked(net(forward, up=(10, 6), mix=(7, 10), down=(4, 7)), X),
+        """\
+ffn_channel 10: up[0] mix[1]
+ffn_channel#2 7: mix[0] down[1]
+pinned up[1] 6: an axis of the input
+pinned down[0] 4: mixed by a Fourier transform
+""",
+    )
+
+
 def test_a_recurrent_state_that_is_read_out() -> None:
     def forward(p: object, x: Tensor) -> Tensor:
         step, state = F.softplus(F.linear(x, p.dt)), -p.a.exp()

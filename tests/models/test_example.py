@@ -40,6 +40,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {**TEXT, **SIDES, **HEADS},
         {"input_ids": (2, 11), "decoder_input_ids": (2, 7)},
     ),
+    "PerceiverForMaskedLM": (  # its own name for them is "inputs"
+        {"vocab_size": 64, "d_latents": 16, "d_model": 16, "num_latents": 5,
+         "num_self_attends_per_block": 1, "max_position_embeddings": 11},
+        {"input_ids": (2, 11)},
+    ),
     "ViTForImageClassification": (
         {**VISION, "image_size": 32, "patch_size": 8, "num_channels": 1},
         {"pixel_values": (2, 1, 32, 32)},

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from prunec.models.example import example_inputs
-from zoo.overrides import OVERRIDES
+from zoo.overrides import MASKED, OVERRIDES
 
 BATCH, LENGTH, VOCABULARY = 5, 11, 67
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 48, 6, 3, 8
@@ -224,7 +224,10 @@ def _model_class(name: str) -> Any:
 
 def inputs_of(name: str, model: nn.Module) -> dict[str, Tensor]:
     """Inputs of tiny, unusual sizes for the model of this name."""
-    return example(model, image=name.startswith("image/"))
+    inputs = example(model, image=name.startswith("image/"))
+    for tokens in MASKED.get(name, ()):
+        inputs[tokens.replace("input_ids", "attention_mask")] = torch.ones_like(inputs[tokens])
+    return inputs
 
 
 def example(model: nn.Module, *, image: bool = False) -> dict[str, Tensor]:
@@ -271,7 +274,8 @@ def tiny_config(name: str) -> PreTrainedConfig:
     """The configuration of this name with every known size made small."""
     model_type = name.rpartition("/")[-1]
     kind = _model_class(name).config_class or CONFIG_MAPPING[model_type]
-    overrides = OVERRIDES.get(model_type, {})  # of a sub-configuration: a dict by its name
+    # of a sub-configuration: a dict by its name
+    overrides = OVERRIDES.get(name, OVERRIDES.get(model_type, {}))
     config = kind(**_tiny_arguments(kind(), overrides))
     config.use_cache = False
     return config

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-# attributes, `None` to leave the default
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+# masks without which export cannot follow: the first two make one themselves but while they are
+# exported, the last looks into the tokens for padding; by the inputs that they mask
+MASKED = {
+    "seq2seq/longt5": ("input_ids",),
+    "seq2seq/switch_transformers": ("input_ids",),
+    "seq2seq/fsmt": ("input_ids", "decoder_input_ids"),
+}
+
+# attributes, `None` to leave the default; by type, or by "family/type" where that matters
 OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {
         "encoder_config": {"hidden_size_global": 48},
         "decoder_config": {"hidden_size_global": 48},
         "encoder_hash_byte_group_vocab": 101,
     },
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY}},
     "musicgen": {"num_codebooks": 5},
     "musicgen_melody": {"num_codebooks": 5},
     "nemotron": {"num_key_value_heads": 3},
@@ -37,8 +44,35 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 12},
-    "mobilebert": {"intra_bottleneck_size": 36},
+    "mobilebert": {"intra_bottleneck_size": 36, "embedding_size": 40},
+    "mpnet": {"relative_attention_num_buckets": 32},  # what its forward has, whatever is set here
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "encoder/reformer": {"is_decoder": False, "axial_pos_embds": False},
+    "neomme": {
+        "rope_parameters": {
+            "full_attention": {**_ROTARY, "partial_rotary_factor": 0.5},
+            "sliding_attention": {**_ROTARY, "partial_rotary_factor": 1.0},
+        }
+    },
+    "perceiver": {
+        "num_latents": 10,
+        "d_latents": 40,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+        "max_position_embeddings": 11,
+    },
+    "longt5": {"local_radius": 3, "global_block_size": 4},
+    "pegasus_x": {"block_size": 4, "num_global_tokens": 3},
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "musicflamingo": {
+        "audio_config": {"model_type": "audioflamingo3_encoder"},
+        "text_config": {"model_type": "qwen2"},
+    },
+    "vibevoice_asr": {
+        f"{part}_tokenizer_encoder_config": {"num_filters": 4, "depths": [1] * 7}
+        for part in ("acoustic", "semantic")
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
         "num_hidden_layers": 4,
@@ -84,7 +118,7 @@ _WAVE = {
     "vocab_size": 67,
     "classifier_proj_size": 20,
 }
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_ROPE = {**_ROTARY, "mrope_section": [2, 1, 1]}
 _QWEN_VL = {
     "text_config": {"rope_parameters": _ROPE},
     "vision_config": {"depth": 2, "embed_dim": 48, "hidden_size": 48, "out_hidden_size": 48},

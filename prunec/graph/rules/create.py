@@ -61,6 +61,8 @@ def resize_filled(call: Call, selection: Selection) -> Resized:
     *(f"aten::{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")),
     "aten::fill",
     "aten::zero",
+    "aten::uniform",
+    "aten::normal",
     usage="index",
 )
 def filled_like(call: Call) -> Result:

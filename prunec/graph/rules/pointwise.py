@@ -36,6 +36,8 @@ from prunec.graph.rules.registry import RULES, Call, Result, Value
     "aten::polar",
     "aten::complex",
     "aten::_conj",
+    "aten::real",
+    "aten::imag",
     "aten::isin",
 )
 def pointwise(call: Call) -> Result:

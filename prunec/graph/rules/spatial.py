@@ -116,8 +116,31 @@ def pad(call: Call) -> Result:
     return tuple(dims)
 
 
-@RULES.register("aten::im2col", "aten::pixel_shuffle", "aten::pixel_unshuffle")
-def patches(call: Call) -> Result:
+@RULES.register("aten::im2col")
+def unfold_windows(call: Call) -> Result:
+    """[..., c, h, w] to [..., c x window, windows]."""
+    *lead, channel, height, width = call.dims("self")
+    result = call.fresh(call.shape[-2])
+    kept, window = as_product(result, [channel.size, result.size // channel.size])
+    call.unify(kept, channel)
+    call.pin(window, "a kernel position")
+    for dim in (height, width):
+        call.pin(dim, "a position")
+    return (*lead, result, *_positions(call, call.shape[-1:]))
+
+
+@RULES.register("aten::col2im")
+def fold_windows(call: Call) -> Result:
+    """[..., c x window, windows] to [..., c, h, w]."""
+    *lead, channels, windows = call.dims("self")
+    channel, window = as_product(channels, [call.shape[-3], channels.size // call.shape[-3]])
+    call.pin(window, "a kernel position")
+    call.pin(windows, "a position")
+    return (*lead, channel, *_positions(call, call.shape[-2:]))
+
+
+@RULES.register("aten::pixel_shuffle", "aten::pixel_unshuffle")
+def shuffle(call: Call) -> Result:
     """Channels and positions are mixed: only the batch axes survive."""
     dims = call.dims("self")
     for dim in dims[1:]:
@@ -126,3 +149,23 @@ def patches(call: Call) -> Result:
     for dim in rest:
         call.pin(dim, "mixed with positions")
     return (dims[0], *rest)
+
+
+_FOURIER = tuple(
+    f"aten::fft_{inverse}{real}fft{rank}"
+    for inverse in ("", "i")
+    for real in ("", "r", "h")
+    for rank in ("", "2", "n")
+)
+
+
+@RULES.register(*_FOURIER)
+def fourier(call: Call) -> Result:
+    """Frequencies stand where positions stood, on the axes transformed."""
+    dims = list(call.dims("self"))
+    axes = call.arg("dim")
+    for axis in range(len(dims)) if axes is None else axes if isinstance(axes, list) else [axes]:
+        call.pin(dims[axis], "mixed by a Fourier transform")
+        dims[axis] = call.fresh(call.shape[axis])
+        call.pin(dims[axis], "mixed by a Fourier transform")
+    return tuple(dims)
