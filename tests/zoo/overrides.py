@@ -38,6 +38,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 52, "moe_num_experts": 9, "moe_top_k": 2},
     },
     "diffllama": {"num_key_value_heads": 2},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esm": {"vocab_size": 67, "pad_token_id": 0, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 6},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
@@ -62,6 +63,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_cross_attention_heads": 4,
         "max_position_embeddings": 11,
     },
+    "fsmt": {"src_vocab_size": 67, "tgt_vocab_size": 67},
     "longt5": {"local_radius": 3, "global_block_size": 4},
     "pegasus_x": {"block_size": 4, "num_global_tokens": 3},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
@@ -69,8 +71,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "audio_config": {"model_type": "audioflamingo3_encoder"},
         "text_config": {"model_type": "qwen2"},
     },
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 48}}}
+    },
     "vibevoice_asr": {
-        f"{part}_tokenizer_encoder_config": {"num_filters": 4, "depths": [1] * 7}
+        f"{part}_tokenizer_encoder_config": {"num_filters": 2, "depths": [1] * 7}
         for part in ("acoustic", "semantic")
     },
     "xmod": {"default_language": "en_XX"},
