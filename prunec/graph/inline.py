@@ -13,19 +13,23 @@ def inline(graph_module: fx.GraphModule) -> None:
     """Replace each call of a region that only changes a mode by the nodes of that region.
 
     Export sets apart what runs under another gradient mode, or with autocast switched off. A
-    program runs without gradients and without autocast, where neither makes a difference.
+    program runs without autocast, and what it computes does not depend on gradients.
     """
     graph = graph_module.graph
     for call in list(graph.nodes):
         if not _changes_only_a_mode(call):
             continue
-        at = next(i for i, argument in enumerate(call.args) if _is_module(argument))
-        attribute, inputs = call.args[at], call.args[at + 1 :]
+        at, attribute = next(
+            (place, argument)
+            for place, argument in enumerate(call.args)
+            if isinstance(argument, fx.Node) and argument.op == "get_attr"
+        )
         region = getattr(graph_module, str(attribute.target))
         inline(region)
+        places = region.graph.find_nodes(op="placeholder")
+        inputs: dict[fx.Node, Any] = dict(zip(places, call.args[at + 1 :], strict=True))
         with graph.inserting_before(call):
-            places = region.graph.find_nodes(op="placeholder")
-            results = graph.graph_copy(region.graph, dict(zip(places, inputs, strict=True)))
+            results = graph.graph_copy(region.graph, inputs)
         _take_results(call, results)
         graph.erase_node(call)
         if not attribute.users:
@@ -38,10 +42,6 @@ def _changes_only_a_mode(node: fx.Node) -> bool:
     if node.target.name() == "wrap_with_set_grad_enabled":
         return True
     return node.target.name() == "wrap_with_autocast" and node.args[2] is False
-
-
-def _is_module(argument: object) -> bool:
-    return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
 def _take_results(call: fx.Node, results: Any) -> None:
