@@ -56,7 +56,7 @@ def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
         model.__class__ = stock
         return
     config.prunec = table(model, attributes)
-    bare = _bare_class(type(config))
+    bare = _bare_class(config)
     named = {**dict.fromkeys(auto_classes(model), stock), "AutoModel": bare}
     config.auto_map = {
         auto: f"{MODULE}.Prunec{cls.__name__}" for auto, cls in named.items() if cls is not None
@@ -170,17 +170,31 @@ def _names(mapping: Any) -> set[str]:
     return {name for names in listed for name in names}
 
 
-def _bare_class(config_class: Any) -> Any:
-    """The class of the bare model, without a head for a task; None if there is none."""
+def _bare_class(config: Any) -> Any:
+    """The class of the bare model, without a head for a task; None if there is none.
+
+    Nor if it lacks a part that `config.prunec` names: some are given their decoder by the head.
+    """
     from transformers import AutoModel
 
-    known = AutoModel._model_mapping.get(config_class, None)
-    return known[0] if isinstance(known, tuple) else known
+    known = AutoModel._model_mapping.get(type(config), None)
+    bare = known[0] if isinstance(known, tuple) else known
+    built = meta_model(bare, config, {}, validate=False) if bare else None
+    if built is None:
+        return None
+    shapes, added, attrs, skip = (
+        config.prunec.get(kind, {}) for kind in ("shapes", "added", "attrs", "skip")
+    )
+    owners = (name.rpartition(".")[0] for name in (*shapes, *added))
+    prefix = f"{bare.base_model_prefix}."
+    named = {path for path in (*owners, *attrs, *skip) if path.startswith(prefix)}
+    parts = {f"{prefix}{path}" for path, _ in built.named_modules()}
+    return bare if named <= parts else None
 
 
 def source(stock: Any, config: Any) -> str:
     """modeling_prunec.py: the text of our own module, then the classes of this model."""
-    classes = {cls for cls in (stock, _bare_class(type(config))) if cls is not None}
+    classes = {cls for cls in (stock, _bare_class(config)) if cls is not None}
     names = sorted(cls.__name__ for cls in classes)
     text, imports = inspect.getsource(modeling_prunec), "from torch import nn\n"
     assert imports in text
