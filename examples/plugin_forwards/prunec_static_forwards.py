@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Distribution
 from transformers.models.qwen4_exp.modeling_qwen4_exp import apply_rotary_pos_emb
@@ -44,6 +45,22 @@ def longcat_experts(self: Any, hidden_states: Tensor, index: Tensor, weights: Te
     inner = self.act_fn(gate) * up * counted[:, :routed].unsqueeze(-1)
     passed = hidden_states * counted[:, routed:].sum(-1, keepdim=True)
     return torch.einsum("tei,ehi->th", inner, self.down_proj) + passed
+
+
+def switch_router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SwitchTransformersTop1Router: without making its classifier anew.
+
+    Returns:
+        One-hot [batch, sequence, experts] of those that have room; the probability of each token's
+        expert, [batch, sequence, 1]; the logits.
+    """
+    classifier = self.classifier
+    bias = None if classifier.bias is None else classifier.bias.to(self.dtype)
+    logits = F.linear(hidden_states.to(self.dtype), classifier.weight.to(self.dtype), bias)
+    probabilities = logits.softmax(-1).to(hidden_states.dtype)
+    chosen = F.one_hot(probabilities.argmax(-1), self.num_experts)
+    room = chosen.cumsum(-2) <= self.expert_capacity
+    return chosen * room, probabilities.max(-1, keepdim=True).values, logits
 
 
 def switch_experts(self: Any, hidden_states: Tensor, selected: Tensor, weights: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _parse() -> argparse.Namespace:
 
 @contextmanager
 def _forwards() -> Iterator[None]:
-    """The plug-in of examples/: without it export cannot follow five of the classes."""
+    """The plug-in of examples/: without it export cannot follow some of the classes."""
     with tempfile.TemporaryDirectory(prefix="prunec-forwards-") as folder:
         subprocess.run(
             [
