@@ -58,7 +58,7 @@ class Step:
         return CACHE / self.name / f"{name.replace('/', '.')}.json"
 
     def directory(self, name: str) -> Path:
-        return CACHE / "directories" / name.replace("/", ".")
+        return CACHE / "directories" / self.name / name.replace("/", ".")
 
     def digest(self) -> str:
         digest = hashlib.sha256()
