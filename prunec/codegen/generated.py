@@ -179,8 +179,8 @@ def _bare_class(config: Any) -> Any:
 
     known = AutoModel._model_mapping.get(type(config), None)
     bare = known[0] if isinstance(known, tuple) else known
-    built = meta_model(bare, config, {}, validate=False) if bare else None
-    if built is None:
+    built = None if bare is None else meta_model(bare, config, {}, validate=False)
+    if bare is None or built is None:
         return None
     shapes, added, attrs, skip = (
         config.prunec.get(kind, {}) for kind in ("shapes", "added", "attrs", "skip")

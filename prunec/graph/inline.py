@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 from torch import fx
-from torch._ops import HigherOrderOperator
 
 
 def inline(graph_module: fx.GraphModule) -> None:
@@ -37,11 +36,9 @@ def inline(graph_module: fx.GraphModule) -> None:
 
 
 def _changes_only_a_mode(node: fx.Node) -> bool:
-    if not isinstance(node.target, HigherOrderOperator):
-        return False
-    if node.target.name() == "wrap_with_set_grad_enabled":
-        return True
-    return node.target.name() == "wrap_with_autocast" and node.args[2] is False
+    name = getattr(node.target, "__name__", "")
+    switched_off = name == "wrap_with_autocast" and node.args[2] is False
+    return name == "wrap_with_set_grad_enabled" or switched_off
 
 
 def _take_results(call: fx.Node, results: Any) -> None:

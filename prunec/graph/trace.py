@@ -151,7 +151,8 @@ def _without_vmap(exported: ExportedProgram) -> ExportedProgram:
     if "_add_batch_dim" not in names:
         return exported
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's of itself
-        return exported.run_decompositions({})
+        said: ExportedProgram = exported.run_decompositions({})
+    return said
 
 
 @contextmanager
