@@ -46,7 +46,8 @@ def test_only_a_model_that_skips_carries_the_code_for_it() -> None:
 
 def test_a_bare_model_that_lacks_a_part_is_not_offered() -> None:
     """Perceiver's decoder is given to it by the head: AutoModel builds it without."""
-    config = T.LlamaConfig(num_hidden_layers=1, prunec={"attrs": {"model.layers.0.mlp": {"a": 1}}})
+    sizes = {"attrs": {"model.layers.0.mlp": {"a": 1}}, "skip": {}}
+    config = T.LlamaConfig(num_hidden_layers=1, prunec=sizes)
     assert "class PrunecLlamaModel" in source(T.LlamaForCausalLM, config)
     config.prunec["attrs"] = {"model.decoder": {"a": 1}}
     assert "class PrunecLlamaModel" not in source(T.LlamaForCausalLM, config)
