@@ -215,7 +215,9 @@ def _reopened(step: Step, names: list[str]) -> None:
     for name, folder, problems in zip(names, folders, reopen(folders), strict=True):
         record = json.loads(step.file(name).read_text())
         if problems:
-            record.update(status="not reopened", reason="; ".join(problems)[:400])
+            record.update(
+                status="not reopened", reason="; ".join(problems).replace(f"{ROOT}/", "")[:400]
+            )
         else:
             record["status"] = "partial" if record["refused"] else step.done
         _write(step.file(name), record)
