@@ -292,6 +292,7 @@ def test_protected_layers_stay_whole(protect: str, whole: list[str]) -> None:
         (lambda: Constraints(align=0), "align=0 is not possible"),
         (lambda: Constraints.from_dict({"multiples": 3}), "mapping of settings"),
         (lambda: run(0.3, limits=Constraints(protect=("7",))), "cannot protect block 7"),
+        (lambda: run(0.3, limits=Constraints(protect=("model.layers.1.ml",))), "no parameter of"),
     ],
 )
 def test_constraints_that_cannot_be(make: Any, message: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from prunec.errors import PlanError
 from prunec.graph.branches import Branch
 from prunec.importance.problem import FloatArray
+from prunec.passes.allocation.context import Room
 from prunec.passes.sites import Site
 from prunec.passes.targets.constraints import Constraints
 from prunec.passes.targets.costs import Measure, Parameters
@@ -71,6 +72,26 @@ class Account:
         if branch is None or self.most <= 0:
             return self
         return replace(self, branch=branch, branch_cost=measure.branch(self.site, branch))
+
+    def room(self, blocks: Mapping[str, int], sizes: Parameters) -> Room:
+        """The site as an allocation sees it; ``blocks``: the parameters that each block holds."""
+        return Room(
+            site=self.site.name,
+            block=_home(self.site, blocks),
+            parameters=self.parameters,
+            most=round(self.most / self.cost * self.parameters) if self.cost else 0,
+            kinds=tuple(group.kind for group in self.site.groups),
+            branch=0 if self.branch is None else round(sizes.branch(self.site, self.branch)),
+        )
+
+
+def _home(site: Site, blocks: Mapping[str, int]) -> str:
+    """The block that a site counts to: its own, else the first that holds its weight."""
+    if site.block in blocks:
+        return str(site.block)
+    last = site.readings[-1].parameter if site.readings else site.parameters[-1]
+    inside = [block for block in blocks if last.startswith(f"{block}.")]
+    return inside[0] if inside else next(iter(blocks))
 
 
 def check_reachable(goal: Goal, accounts: Collection[Account]) -> None:

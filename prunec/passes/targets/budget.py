@@ -303,10 +303,12 @@ class _Question:
 
     @cached_property
     def accounts(self) -> dict[str, Account]:
-        measure, limits = self.goal.measure, self.constraints
+        measure, limits, program = self.goal.measure, self.constraints, self.coupling.program
+        names = {**{name: name for name in program.state}, **program.tied}
+        whole = limits.protected(list(self.blocks), names)
         found = {
             site.name: Account.protected(site, measure, self.sizes)
-            if limits.protects(site, list(self.blocks))
+            if not whole.isdisjoint((site.name, *site.parameters))
             else Account.of(site, measure, self.sizes, limits)
             for site in self.sites
         }
@@ -319,7 +321,7 @@ class _Question:
 
     @cached_property
     def rooms(self) -> list[Room]:
-        return [_room(account, self.blocks, self.sizes) for account in self.accounts.values()]
+        return [account.room(self.blocks, self.sizes) for account in self.accounts.values()]
 
     def context(self) -> Context:
         """The question as an allocation is asked it.
@@ -382,24 +384,3 @@ class _Question:
             left_out=left_out,
             narrowed=self.narrowed,
         )
-
-
-def _room(account: Account, blocks: Mapping[str, int], sizes: Parameters) -> Room:
-    site, branch = account.site, account.branch
-    return Room(
-        site=site.name,
-        block=_home(site, blocks),
-        parameters=account.parameters,
-        most=round(account.most / account.cost * account.parameters) if account.cost else 0,
-        kinds=tuple(group.kind for group in site.groups),
-        branch=0 if branch is None else round(sizes.branch(site, branch)),
-    )
-
-
-def _home(site: Site, blocks: Mapping[str, int]) -> str:
-    """The block that a site counts to: its own, else the first that holds its weight."""
-    if site.block in blocks:
-        return str(site.block)
-    last = site.readings[-1].parameter if site.readings else site.parameters[-1]
-    inside = [block for block in blocks if last.startswith(f"{block}.")]
-    return inside[0] if inside else next(iter(blocks))

@@ -108,9 +108,26 @@ class Constraints:
         except TypeError as error:
             raise PlanError(f"not readable: {error}", where=where) from error
 
-    def protects(self, site: Site, blocks: Sequence[str]) -> bool:
-        """Whether this site stays whole; ``blocks`` are all repeated blocks, in order."""
-        return any(_is_inside(site, _path(name, blocks)) for name in self.protect)
+    def protected(self, blocks: Sequence[str], parameters: Mapping[str, str]) -> set[str]:
+        """The canonical names of the parameters that stay whole.
+
+        Args:
+            blocks: all repeated blocks, in order; one of no name where there are none.
+            parameters: every name of a parameter -> its canonical one.
+
+        Raises:
+            PlanError: the model has no such block or module.
+        """
+        whole: set[str] = set()
+        for path in (_path(name, blocks) for name in self.protect):
+            inside = [n for n in parameters if path in ("", n) or n.startswith(f"{path}.")]
+            if not inside:
+                raise PlanError(
+                    f"cannot protect {path}: the model has no parameter of that path",
+                    fix="name a module as in model.named_modules(), or a block by its index",
+                )
+            whole |= {parameters[name] for name in inside}
+        return whole
 
     def step(self, group: Group) -> int:
         """What the number of units kept of a group is a multiple of; its size: it stays whole.
@@ -220,8 +237,3 @@ def _path(name: str, blocks: Sequence[str]) -> str:
             fix=f"use an index from {-len(blocks)} to {len(blocks) - 1}",
         )
     return blocks[index]
-
-
-def _is_inside(site: Site, path: str) -> bool:
-    names = [site.name, *(member.parameter for group in site.groups for member in group.members)]
-    return any(name == path or name.startswith(f"{path}.") for name in names)
