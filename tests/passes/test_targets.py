@@ -282,6 +282,11 @@ def test_protected_layers_stay_whole(protect: str, whole: list[str]) -> None:
     assert all(report.removed > 0 for report in others)
 
 
+def test_a_tied_name_protects_its_weight() -> None:
+    names = {"embed.weight": "embed.weight", "head.weight": "embed.weight"}
+    assert Constraints(protect=("head",)).protected([], names) == {"embed.weight"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
