@@ -23,7 +23,7 @@ from prunec.codegen.fit import (
 )
 from prunec.codegen.generated import adopt, auto_classes, opens_as_stock
 from prunec.codegen.modeling_prunec import set_attributes
-from prunec.codegen.streamed import Padded, at_hand
+from prunec.codegen.streamed import Padded, at_hand, in_single, is_half, single
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
 from prunec.errors import ExportError, PrunecError, VerifyError
 from prunec.events import Progress, silent
@@ -101,11 +101,12 @@ def shrink(
                     small = assemble(base, part.weights, part.added).eval()
                     for path, values in found.attributes.items():
                         set_attributes(small.get_submodule(path), values)
+                with (
+                    progress.task("compare the whole module with the masked one"),
+                    in_single(small, part.stored) as whole,
+                ):
+                    proven = _prove(model, sliced, whole, example, reference, caches=found.caches)
                 with at_hand(small, part.stored):
-                    with progress.task("compare the whole module with the masked one"):
-                        proven = _prove(
-                            model, sliced, small, example, reference, caches=found.caches
-                        )
                     fields = config_fields(base, small, part, example)
                 return _finished(base, part, small, found, fields, proven, example)
             except (ExportError, VerifyError) as error:
@@ -183,7 +184,7 @@ def _prove(
 ) -> tuple[str, ...]:
     """The whole module on its real weights; the checks that it passed."""
     if reference is not None:
-        wanted = [reference(sliced.weights, example)]
+        wanted = [reference(single(sliced.weights) if is_half(model) else sliced.weights, example)]
         names = attention_choices(small)
         outcomes = [(Check(f"as traced, {n}", dict(example), n), wanted) for n in names]
     else:
@@ -217,9 +218,12 @@ def _outcomes_at(
     last = {(check.decode, check.attention): check for check in battery}  # padded, if it can be
     first = battery[0].attention
     chosen = [c for c in last.values() if not c.decode or (caches and c.attention == first)]
-    if sliced.stored is not None:  # one streamed pass of each: every check reads all weights
-        with at_hand(assemble(model, {}), Padded(model, sliced, sliced.stored)) as whole:
-            return outcomes_of(whole.eval(), chosen[:1])
+    if sliced.stored is not None or is_half(model):
+        base = model if is_half(model) else assemble(model, {})  # which is changed meanwhile
+        with in_single(base, Padded(model, sliced), sliced.added) as twin:
+            if sliced.stored is None:
+                return usable(twin.eval(), chosen)
+            return outcomes_of(twin.eval(), chosen[:1])  # each check reads all weights
     outcomes = usable(LazyTwin(model, sliced).module.eval(), chosen)
     if not outcomes:  # a module that reads a child's weight itself finds it empty
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunec.codegen.fit import Reference
@@ -14,7 +15,7 @@ from prunec.errors import ExportError, ModelError
 from prunec.events import Progress
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
-from prunec.graph.retarget import on_device
+from prunec.graph.retarget import as_float, on_device, retarget
 from prunec.graph.selection import Selection
 from prunec.models import example_inputs
 from prunec.passes.depth import choose_branches, verify_dropped
@@ -108,7 +109,8 @@ def _reference(
 ) -> Reference | None:
     """The sliced graph, where a norm or a router runs over removed units: zeroed ones then count.
 
-    None where the masked model is the truth, which holds at every shape.
+    None where the masked model is the truth, which holds at every shape. It computes in the type of
+    the weights that it is given.
     """
     if not any(coupling[name].normalised for name in plan.groups):
         return None
@@ -117,9 +119,16 @@ def _reference(
         state = {name: given.get(name, tensor) for name, tensor in tensors.items()}
         place = next(tensor.device for tensor in state.values() if not tensor.is_meta)
         program = on_device(slice_program(coupling, selection, state), place)
-        return program.run(None, **inputs)
+        dtype = _floating_type(given)
+        if dtype != _floating_type(tensors):
+            program = retarget(program, dtype)
+        return program.run(None, **{name: as_float(value, dtype) for name, value in inputs.items()})
 
     return run
+
+
+def _floating_type(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
