@@ -156,8 +156,8 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
     """The config of a transformers model from its JSON file.
 
     Raises:
-        ModelError: absent, not JSON, no or an unknown model_type, fields of a wrong type, more layers
-            than any model has.
+        ModelError: absent, not JSON, no or an unknown model_type, fields of a wrong type, or a
+            number of layers that no model has.
     """
     values = read_json(path)
     _check_depth(values, path)
