@@ -69,7 +69,7 @@ def test_the_view_of_a_config_is_live() -> None:
         view.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "vit", "bloom", "mixtral"])
 def test_switching_attention_is_the_stock_class_s_business(name: str) -> None:
     """transformers looks for it in the text of the class's file, which is not this one."""
     stock = type(build(name))
