@@ -334,7 +334,10 @@ print(json.dumps(model(input_ids=ids, attention_mask=torch.ones_like(ids)).tolis
 """
 
 
-def test_python_is_readable_and_needs_torch_alone(folder: Path, tmp_path: Path) -> None:
+def test_python_is_readable_and_needs_torch_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     done = prunec.export(folder / "llama", "python", tmp_path / "module")
     assert done.finding.state == "measured"
     assert sorted(done.files) == ["model.py", "model.safetensors"]

@@ -117,7 +117,8 @@ def outputs(
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         tensors = {f"{c}/{n}": t.clone() for c, i in cases.items() for n, t in i.items()}
         save_file(tensors, folder / "inputs.safetensors")
-        command = [sys.executable, "-P", str(Path(stranger.__file__)), str(folder)]
+        # -B: a Python module that is opened leaves no bytecode beside it.
+        command = [sys.executable, "-P", "-B", str(Path(stranger.__file__)), str(folder)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
