@@ -23,7 +23,7 @@ from prunec.codegen.fit import (
 )
 from prunec.codegen.generated import adopt, auto_classes, opens_as_stock
 from prunec.codegen.modeling_prunec import set_attributes
-from prunec.codegen.streamed import Padded, at_hand, in_single, is_half, single
+from prunec.codegen.streamed import Padded, at_hand, in_single, is_half
 from prunec.codegen.twin import LazyTwin, assemble, padded, tensors_of
 from prunec.errors import ExportError, PrunecError, VerifyError
 from prunec.events import Progress, silent
@@ -184,7 +184,7 @@ def _prove(
 ) -> tuple[str, ...]:
     """The whole module on its real weights; the checks that it passed."""
     if reference is not None:
-        wanted = [reference(single(sliced.weights) if is_half(model) else sliced.weights, example)]
+        wanted = [reference(sliced.weights, example)]
         names = attention_choices(small)
         outcomes = [(Check(f"as traced, {n}", dict(example), n), wanted) for n in names]
     else:

@@ -70,7 +70,7 @@ def in_single(
             yield module
         return
     own, by_block = tensors_of(module), bool(_blocks(module))
-    wide = single(own if stored is None else stored)
+    wide = _Widened(own if stored is None else stored)
 
     def tensor(name: str, old: Tensor) -> Tensor:
         if by_block and isinstance(old, nn.Parameter):
@@ -81,11 +81,6 @@ def in_single(
     computing = assemble(module, tensors, {name: wide[name] for name in added or {}})
     with at_hand(computing, wide if by_block else None):
         yield computing
-
-
-def single(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """These tensors in fp32, on the CPU, each converted when it is asked for."""
-    return _Widened(tensors)
 
 
 def is_half(module: nn.Module) -> bool:
@@ -145,7 +140,7 @@ class Padded(Mapping[str, Tensor]):
 
 
 class _Widened(Mapping[str, Tensor]):
-    """See :func:`single`."""
+    """These tensors in fp32, on the CPU, each converted when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

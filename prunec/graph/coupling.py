@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import groupby
 
 import networkx as nx
+import torch
 
 from prunec.errors import PlanError
 from prunec.graph.branches import Branch, find_branches
@@ -17,6 +18,7 @@ from prunec.graph.kinds import infer_kinds
 from prunec.graph.paths import block_of, common_path
 from prunec.graph.program import Program, source_line
 from prunec.graph.propagate import Layout, propagate
+from prunec.graph.retarget import retarget
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +96,17 @@ class CouplingGraph:
 
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
+
+    def retargeted(self, dtype: torch.dtype) -> CouplingGraph:
+        """The same axes and groups on the program in another floating-point type."""
+        program = retarget(self.program, dtype)
+        twins = dict(zip(self.program.graph.nodes, program.graph.nodes, strict=True))
+        layout = replace(
+            self.layout,
+            values={twins[node]: values for node, values in self.layout.values.items()},
+            data={twins[node] for node in self.layout.data},
+        )
+        return CouplingGraph(program, layout)
 
     @cached_property
     def pinned(self) -> tuple[Pinned, ...]:

@@ -12,7 +12,7 @@ from prunec.graph.branches import Branch
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dropping import drop_branches, silence
 from prunec.graph.sums import operator_name, unscaled
-from prunec.passes.oracles.mask import relative_difference, tolerance
+from prunec.passes.oracles.mask import in_single, relative_difference
 from prunec.passes.sites import Site
 
 
@@ -104,13 +104,16 @@ def drop(coupling: CouplingGraph, names: Sequence[str]) -> CouplingGraph:
     return couple(drop_branches(coupling.program, branches)) if branches else coupling
 
 
-def verify_dropped(coupling: CouplingGraph, names: Sequence[str]) -> float:
+def verify_dropped(
+    coupling: CouplingGraph, names: Sequence[str], *, tolerance: float = 1e-4
+) -> float:
     """How far dropping is from multiplying by zero on the traced inputs; VerifyError if too far."""
+    coupling = in_single(coupling)
     program, branches = coupling.program, choose_branches(coupling, names)
     reference = silence(program, branches).run(None, **dict(program.example))
     result = drop_branches(program, branches).run(None, **dict(program.example))
     difference = relative_difference(result, reference)
-    if not difference <= tolerance(program):
+    if not difference <= tolerance:
         raise VerifyError(
             f"the model without {', '.join(names)} differs from the masked one by "
             f"{difference:.2g} (relative)",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunec.codegen.fit import Reference
@@ -15,11 +14,11 @@ from prunec.errors import ExportError, ModelError
 from prunec.events import Progress
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
-from prunec.graph.retarget import as_float, on_device, retarget
+from prunec.graph.retarget import on_device
 from prunec.graph.selection import Selection
 from prunec.models import example_inputs
 from prunec.passes.depth import choose_branches, verify_dropped
-from prunec.passes.oracles.mask import verify_sliced
+from prunec.passes.oracles.mask import in_single, like_state, verify_sliced
 from prunec.passes.plan import Plan
 from prunec.passes.slice import (
     Weights,
@@ -109,26 +108,23 @@ def _reference(
 ) -> Reference | None:
     """The sliced graph, where a norm or a router runs over removed units: zeroed ones then count.
 
-    None where the masked model is the truth, which holds at every shape. It computes in the type of
-    the weights that it is given.
+    None where the masked model is the truth, which holds at every shape. It computes in fp32 or
+    better, whatever the type of the weights.
     """
     if not any(coupling[name].normalised for name in plan.groups):
         return None
 
+    coupling = in_single(coupling)
+
     def run(given: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
         state = {name: given.get(name, tensor) for name, tensor in tensors.items()}
         place = next(tensor.device for tensor in state.values() if not tensor.is_meta)
+        state = like_state(coupling, state)
         program = on_device(slice_program(coupling, selection, state), place)
-        dtype = _floating_type(given)
-        if dtype != _floating_type(tensors):
-            program = retarget(program, dtype)
-        return program.run(None, **{name: as_float(value, dtype) for name, value in inputs.items()})
+        like = coupling.program.example
+        return program.run(None, **{n: value.to(like[n].dtype) for n, value in inputs.items()})
 
     return run
-
-
-def _floating_type(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

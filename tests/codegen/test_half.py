@@ -16,7 +16,9 @@ from prunec.codegen.battery import tolerance
 from prunec.codegen.shrink import shrink
 from prunec.codegen.streamed import in_single
 from prunec.errors import VerifyError
+from prunec.passes.oracles.mask import verify_sliced
 from prunec.passes.recipe import load_recipe
+from prunec.passes.slice import slice_state
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -88,3 +90,11 @@ def test_a_half_model_loses_hidden_features(dtype: torch.dtype) -> None:
     result = prunec.prune(model, recipe=recipe, ratio=0.3, calibration=batches)
     assert result.model.config.hidden_size < model.config.hidden_size
     assert result.model.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_mask_oracle_of_a_half_program_is_as_strict(dtype: torch.dtype) -> None:
+    coupling = coupling_of(halved(build("llama"), dtype))
+    selection = random_plan(coupling, UNITS).selection(coupling)
+    sliced = slice_state(coupling, selection, coupling.program.state)
+    assert verify_sliced(coupling, selection, sliced) < 1e-5

@@ -10,7 +10,6 @@ from torch import Tensor
 from prunec.errors import VerifyError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.masked import run_masked
-from prunec.graph.program import Program
 from prunec.graph.selection import Selection
 from prunec.passes.slice import pad_state, slice_program
 
@@ -21,14 +20,24 @@ def relative_difference(result: Tensor, reference: Tensor) -> float:
     return float((result - reference).abs().max()) / scale if scale else float(result.abs().max())
 
 
-def tolerance(program: Program) -> float:
-    """What rounding may explain, relative: 1e-4; of 16-bit numbers, eight units in the last place.
+def in_single(coupling: CouplingGraph) -> CouplingGraph:
+    """The coupling of a program of 16-bit parameters in fp32, any other as it is.
 
-    It adds up over layers. Where a module is delivered, it is compared in fp32 afterwards.
+    Rounding to 16 bits adds up over layers to more than an oracle may allow.
     """
+    program = coupling.program
     dtypes = {program.state[name].dtype for name in program.parameters}
-    units = [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
-    return max(1e-4, 8 * max(units, default=0.0))
+    half = bool(dtypes) and all(d.is_floating_point and d.itemsize == 2 for d in dtypes)
+    return coupling.retargeted(torch.float32) if half else coupling
+
+
+def like_state(coupling: CouplingGraph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors of a program in the types that its own have."""
+    state = coupling.program.state
+    return {
+        name: tensor.to(state[name].dtype) if name in state else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def slicing_difference(
@@ -63,10 +72,14 @@ def verify_sliced(
     coupling: CouplingGraph,
     selection: Selection,
     sliced: Mapping[str, Tensor],
+    *,
+    tolerance: float = 1e-4,
 ) -> float:
     """How far slicing is from masking on the traced inputs; VerifyError if too far."""
+    coupling = in_single(coupling)
+    sliced = like_state(coupling, sliced)
     difference = slicing_difference(coupling, selection, sliced, coupling.program.example)
-    if not difference <= tolerance(coupling.program):
+    if not difference <= tolerance:
         raise VerifyError(
             f"the sliced model differs from the masked one by {difference:.2g} (relative)",
             so="nothing was written",
