@@ -12,7 +12,7 @@ import typer
 from prunec.cli import options
 from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
-from prunec.cli.runs import RecipeRun, carried_out, check_weights, tidied
+from prunec.cli.runs import RecipeRun, carried_out, check_weights, progress_kept
 from prunec.errors import ExportError, PlanError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def prune(
     from prunec.cli.console import Screen
     from prunec.cli.opening import open_loss, open_source, save_result
     from prunec.codegen.directory import check_shard_size
-    from prunec.passes.checkpoint import progress_folder, remove_journal
+    from prunec.passes.checkpoint import progress_folder
     from prunec.passes.targets.constraints import Constraints
     from prunec.passes.targets.target import chosen_target
 
@@ -216,13 +216,13 @@ def prune(
     save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
     if isinstance(asked, RecipeRun):
         assert written
-        batches, saved = asked.batches(screen, source), progress_folder(written)
-        with tidied(saved, keep=resume):
+        saved = progress_folder(written)
+        with progress_kept(saved, resume=resume):
+            batches = asked.batches(screen, source)
             found = asked.result(screen, source, batches, saved)
             if found is None:  # the first process writes
                 return
             save(found, written, source, screen)
-        remove_journal(saved)
     else:
         found = carried_out(asked, screen, source)
         if written:

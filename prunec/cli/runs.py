@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunec.errors import CheckpointError, ModelError
+from prunec.errors import ModelError
 
 if TYPE_CHECKING:
     from prunec import Plan, Result
@@ -102,18 +102,26 @@ def carried_out(plan: Plan, screen: Screen, source: Source) -> Result:
 
 
 @contextmanager
-def tidied(folder: Path, *, keep: bool) -> Iterator[None]:
-    """An error or Ctrl-C leaves no progress behind, unless it is to be kept or is another run's."""
-    from prunec.passes.checkpoint import remove_journal
+def progress_kept(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Where a run's progress is while it lasts: no other run has the folder, which then goes.
 
-    try:
+    After an error or Ctrl-C it stays if the run is to be resumed. Further processes of a launcher
+    have no part in it.
+    """
+    from prunec.passes.checkpoint import remove_journal, reserved
+    from prunec.passes.distributed import writes
+
+    if not writes():
         yield
-    except CheckpointError:
-        raise
-    except BaseException:
-        if not keep:
-            remove_journal(folder)
-        raise
+        return
+    with reserved(folder):
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if done or not resume:
+                remove_journal(folder)
 
 
 def check_weights(source: Source) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from prunec.errors import ExportError
+from prunec.staging import sibling
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -93,7 +94,13 @@ def staged(
         ExportError: as `check_target`, or the file system refuses.
     """
     check_target(directory, overwrite=overwrite, holds=holds)
-    with _beside(directory.resolve(), _deliver) as temporary:
+
+    def deliver(temporary: Path, target: Path) -> None:
+        # By now another process may have written it: then this one comes too late.
+        check_target(directory, overwrite=overwrite, holds=holds)
+        (_replace if overwrite else Path.rename)(temporary, target)
+
+    with _beside(directory.resolve(), deliver) as temporary:
         yield temporary
 
 
@@ -104,6 +111,17 @@ def staged_file(path: Path, *, inside: str, overwrite: bool = False) -> Iterator
     Raises:
         ExportError: `path` exists and may not be replaced, or the file system refuses.
     """
+    _check_file(path, overwrite=overwrite)
+
+    def deliver(temporary: Path, target: Path) -> None:
+        _check_file(path, overwrite=overwrite)
+        (temporary / inside).replace(target)
+
+    with _beside(path.resolve(), deliver) as temporary:
+        yield temporary
+
+
+def _check_file(path: Path, *, overwrite: bool) -> None:
     if path.is_symlink() or path.exists():
         if not overwrite:
             raise ExportError("the output file exists", where=str(path), fix="--overwrite")
@@ -111,27 +129,17 @@ def staged_file(path: Path, *, inside: str, overwrite: bool = False) -> Iterator
             raise ExportError("the output is a directory", where=str(path), fix="name a file")
     _check_writable(path)
 
-    def deliver(temporary: Path, target: Path) -> None:
-        (temporary / inside).replace(target)
-        shutil.rmtree(temporary)
-
-    with _beside(path.resolve(), deliver) as temporary:
-        yield temporary
-
 
 @contextmanager
-def _beside(path: Path, deliver: Callable[[Path, Path], None]) -> Iterator[Path]:
+def _beside(path: Path, deliver: Callable[[Path, Path], object]) -> Iterator[Path]:
     """A temporary folder beside `path` that `deliver` turns into it; nothing is left otherwise."""
     created = _make_parents(path.parent)
-    temporary: Path | None = None
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield temporary
-        _open_up(temporary)
-        deliver(temporary, path)
+        with sibling(path) as temporary:
+            yield temporary
+            _open_up(temporary)
+            deliver(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         for parent in created:
             if not any(parent.iterdir()):
                 parent.rmdir()
@@ -157,12 +165,11 @@ def _open_up(folder: Path) -> None:
         path.chmod(usual if path.is_dir() else usual & 0o666)
 
 
-def _deliver(temporary: Path, directory: Path) -> None:
-    """Give `temporary` the name; what had it is removed, after an exchange in one step."""
+def _replace(temporary: Path, directory: Path) -> None:
+    """Give `temporary` the name of `directory`, if there is one, in one step where possible."""
     if not directory.exists():
         temporary.rename(directory)
-        return
-    if not _exchange(temporary, directory):
+    elif not _exchange(temporary, directory):
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         directory.rename(aside)
         try:
@@ -170,8 +177,7 @@ def _deliver(temporary: Path, directory: Path) -> None:
         except BaseException:
             aside.rename(directory)
             raise
-        temporary = aside
-    shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from prunec.errors import ModelError
+from prunec.staging import sibling
 
 
 def cache_directory() -> Path:
@@ -42,16 +41,11 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         return entry
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
-    except OSError as error:
-        raise _unwritable(entry, error) from error
-    try:
-        build(building)
-        _keep(building, entry)
+        with sibling(entry) as building:
+            build(building)
+            _keep(building, entry)
     except (OSError, SafetensorError) as error:
         raise _unwritable(entry, error) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return entry
 
 

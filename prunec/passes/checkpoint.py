@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 import prunec
 from prunec.errors import CheckpointError
 from prunec.importance.problem import BoolArray
+from prunec.staging import lock
 
 _RUN = "run.json"
 _SHARES = "shares.json"
@@ -158,6 +160,34 @@ class _Owner:
     """Lives as long as something may still be read from a temporary journal."""
 
 
+_RESERVED: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozenset())
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep other processes from a folder of progress meanwhile; once nothing is in it, it goes.
+
+    Within the block the folder may be reserved again.
+
+    Raises:
+        CheckpointError: another process has it, or it cannot be made.
+    """
+    folder = folder.absolute()
+    if folder in _RESERVED.get():
+        yield
+        return
+    held = _locked(folder)
+    token = _RESERVED.set(_RESERVED.get() | {folder})
+    try:
+        yield
+    finally:
+        _RESERVED.reset(token)
+        if not (*folder.glob("[0-9]*-*"), *folder.glob(_SHARES)):
+            remove_journal(folder)  # stopped before the first site: nothing to go on from
+        if held is not None:
+            os.close(held)
+
+
 @contextmanager
 def opened_journal(
     where: str | Path | None, run: Mapping[str, Any], *, resume: bool
@@ -177,12 +207,7 @@ def opened_journal(
         return
     folder = Path(where)
     run = {"prunec": prunec.__version__, "torch": torch.__version__, **run}
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _locked(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
+    with reserved(folder):
         if resume and (folder / _RUN).is_file():
             _check_same(folder / _RUN, run)
         else:
@@ -191,11 +216,6 @@ def opened_journal(
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
         yield Journal(folder)
-    finally:
-        os.close(lock)
-        done = (*folder.glob("[0-9]*-*"), *folder.glob(_SHARES))
-        if not done:  # stopped before the first site: nothing to go on from
-            remove_journal(folder)
 
 
 def progress_folder(out: Path) -> Path:
@@ -208,20 +228,17 @@ def remove_journal(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path) -> int | None:
     try:
-        import fcntl
-    except ImportError:  # Windows: one writer is up to the user
-        return os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / ".lock").touch(mode=0o600)
+        return lock(folder / ".lock")
     except BlockingIOError as error:
-        os.close(lock)
         raise CheckpointError(
             "another run is writing here", where=str(folder), fix="wait for it, or name another OUT"
         ) from error
-    return lock
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _check_same(path: Path, run: Mapping[str, Any]) -> None:

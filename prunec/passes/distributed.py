@@ -74,6 +74,11 @@ def processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
+def writes() -> bool:
+    """Whether this is the process that will write, as the launcher's variables say."""
+    return _world_size() < 2 or int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def launched() -> Iterator[Processes]:
     """Join the processes that a launcher started, by the variables that it set.
@@ -81,7 +86,7 @@ def launched() -> Iterator[Processes]:
     Raises:
         ProcessError: they cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if _world_size() < 2 or dist.is_initialized():
         yield processes()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -91,6 +96,10 @@ def launched() -> Iterator[Processes]:
         yield processes()
     finally:
         dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
 from prunec.passes.sites import Site
 from prunec.passes.statistics.measure import Statistics
+from prunec.staging import sibling
 
 _FORMAT = 1
 _INDEX = "scores.json"
@@ -230,28 +229,32 @@ class Shelf:
         criterion: Criterion,
         example: Mapping[str, Tensor],
     ) -> None:
-        parent, name = self._directory.absolute().parent, self._directory.name
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
         try:
-            index: dict[str, Any] = {}
-            for number, (site, problem, statistics) in enumerate(measured):
-                file = f"{number:03d}.safetensors"
-                save_file(_site_tensors(site, problem, statistics, criterion), staging / file)
-                groups = [group.name for group in site.groups]
-                index[site.name] = {"file": file, "groups": groups}
-            contents = {key: value.cpu().contiguous() for key, value in example.items()}
-            save_file(contents, staging / _EXAMPLE)
-            document = {
-                "format": _FORMAT,
-                "origin": vars(origin),
-                "calibration": dict(calibration),
-                "sites": index,
-            }
-            (staging / _INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-            staging.chmod(0o755)
-            staging.rename(self._directory)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            with sibling(self._directory.absolute()) as staging:
+                index: dict[str, Any] = {}
+                for number, (site, problem, statistics) in enumerate(measured):
+                    file = f"{number:03d}.safetensors"
+                    save_file(_site_tensors(site, problem, statistics, criterion), staging / file)
+                    groups = [group.name for group in site.groups]
+                    index[site.name] = {"file": file, "groups": groups}
+                contents = {key: value.cpu().contiguous() for key, value in example.items()}
+                save_file(contents, staging / _EXAMPLE)
+                document = {
+                    "format": _FORMAT,
+                    "origin": vars(origin),
+                    "calibration": dict(calibration),
+                    "sites": index,
+                }
+                text = json.dumps(document, indent=2) + "\n"
+                (staging / _INDEX).write_text(text, encoding="utf-8")
+                staging.chmod(0o755)
+                staging.rename(self._directory)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot save scores: {getattr(error, 'strerror', None) or error}",
+                where=str(self._directory),
+                fix="free some space, or name a directory elsewhere",
+            ) from error
 
 
 def _open_scores(directory: Path) -> Scores:

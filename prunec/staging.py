@@ -1,0 +1,79 @@
+"""Temporary folders beside what they are to become, and the locks by which a user is known.
+
+A lock ends with its process, however that ends. So a folder that nobody has locked was left by a
+killed process, and the next one to write to the same place removes it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_MARK, _RANDOM = "part-", "????????"  # as mkdtemp ends its names
+
+
+@contextmanager
+def sibling(path: Path) -> Iterator[Path]:
+    """A private folder beside ``path``, to be renamed by the block; it is gone afterwards.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    prefix = f".{path.name}.{_MARK}"
+    for left in path.parent.glob(glob.escape(prefix) + _RANDOM):
+        _remove_abandoned(left)
+    folder, held = _made(prefix, path.parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file or directory until the descriptor, the result, is closed or the process ends.
+
+    None where the system or the file system has no such locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: it is gone, perhaps with its last user.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: one writer is up to the user
+        return None
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(path)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _made(prefix: str, parent: Path) -> tuple[Path, int | None]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        # Before it was locked, it may have passed for an abandoned one.
+        with suppress(BlockingIOError, FileNotFoundError):
+            return folder, lock(folder)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    with suppress(OSError):  # in use, or another user's
+        held = lock(folder)
+        if held is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
