@@ -1,15 +1,10 @@
-"""Kills, failing writes, poisoned weights and files that reach out: an error of ours, no damage."""
+"""Failing writes, poisoned weights and files that reach out: an error of ours, no damage."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,31 +17,6 @@ from prunec.errors import CheckpointError, ModelError, PrunecError, VerifyError
 from prunec.models import open_model
 from prunec.models.checkpoint import check_weights
 from prunec.models.quiet import quiet
-
-KILLED = """
-import os, sys
-sys.path.insert(0, os.environ["TESTS"])
-from test_out_of_core import states
-from pathlib import Path
-states(Path(sys.argv[1]))
-"""
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_is_resumed_to_the_same_bytes(tmp_path: Path, kills: int) -> None:
-    wanted, draw = states(tmp_path / "whole"), random.Random(kills)
-    environment = {**os.environ, "TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    for number in range(kills):
-        folder = tmp_path / f"killed{number}"
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment) as run:
-            after = draw.randrange(4)
-            while run.poll() is None and len(list(folder.glob("0*"))) < after:
-                time.sleep(0.0005)
-            time.sleep(draw.random() * 0.01)
-            run.send_signal(signal.SIGKILL)
-        found = states(folder, resume=True)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted), number
-        assert not list(folder.glob(".*.part"))
 
 
 def test_progress_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
