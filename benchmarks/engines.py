@@ -117,23 +117,22 @@ def llama_cpp(path: Path, job: dict[str, Any]) -> Runs:
 OPEN = {"eager": eager, "compile": compile_, "onnxruntime": onnxruntime, "llama.cpp": llama_cpp}
 
 
-def speed(runs: dict[str, Runs], repeats: int) -> dict[str, dict[str, float]]:
-    """Medians in milliseconds. The models take turns: a machine that slows slows all of them."""
-    prefill: dict[str, list[float]] = {label: [] for label in runs}
-    decode: dict[str, list[float]] = {label: [] for label in runs}
+def speed(runs: dict[str, Runs], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of each turn. The models take turns: a machine that slows slows all of them."""
+    found: dict[str, dict[str, list[float]]] = {
+        label: {"prefill_ms": [], **({"decode_ms": []} if model.decode else {})}
+        for label, model in runs.items()
+    }
     for turn in range(repeats + 1):
         for label, model in runs.items():
             start = time.perf_counter()
             model.prefill()
-            seconds = time.perf_counter() - start
-            steps = model.decode() if model.decode else []
+            times = {"prefill_ms": time.perf_counter() - start}
+            if model.decode:
+                times["decode_ms"] = median(model.decode()[1:])
             if turn:  # the first is for warming up
-                prefill[label].append(seconds)
-                decode[label] += steps[1:]
-    found = {label: {"prefill_ms": 1e3 * median(prefill[label])} for label in runs}
-    for label, steps in decode.items():
-        if steps:
-            found[label]["decode_ms"] = 1e3 * median(steps)
+                for name, seconds in times.items():
+                    found[label][name].append(round(1e3 * seconds, 3))
     return found
 
 

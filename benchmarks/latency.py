@@ -2,13 +2,22 @@
 
     python benchmarks/latency.py                      # SmolLM2 less 20, 30 and 50 %
     python benchmarks/latency.py smaller --dense DIR --engines eager onnxruntime
+    python benchmarks/latency.py --again compile      # measure it anew
+    python benchmarks/latency.py --linears            # MLPs alone, at widths of several multiples
+    python benchmarks/latency.py --markdown           # only print the table of what has been run
 
-Without directories the dense model is cut to the sizes that the recipe slimgpt gives (by magnitude:
-the weights do not matter here). Each engine runs in a process of its own, in which the models take
-turns. The ideal of prefill is the ratio of FLOPs of 1 x prompt tokens, LM head included (llama.cpp
+Without directories the dense model is pruned by the recipe slimgpt, with its own rule for widths,
+on few random tokens: latency depends on the sizes alone. Each engine runs in a process of its own,
+in which the models take turns, so that a machine that slows, slows all of them; a speed-up is the
+median of those within a turn. Memory is the growth of a process with one model alone, opening
+included. A profile says where the time of an eager prefill goes.
+
+The ideal of prefill is the ratio of FLOPs of 1 x prompt tokens, LM head included (llama.cpp
 computes the logits of the last token alone, and so does its ideal); of decoding the ratio of the
-bytes of the weights, which a step reads once. `--profile` says where the time of a prefill goes;
-`--linears` times MLPs alone, at widths of several multiples. Writes results/latency.json.
+bytes of the weights, which a step reads once.
+
+What has been measured stands in results/latency.json and is not measured again; the models and what
+was exported stay in --work until they are deleted.
 """
 
 from __future__ import annotations
@@ -17,42 +26,210 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import write
+from common import read, write
 from engines import LIBRARIES
 from torch.nn import functional as F
 
 RATIOS = (0.2, 0.3, 0.5)
 MULTIPLES = (1, 8, 16, 32, 64)
 FORMS = {"onnxruntime": ("onnx", "model.onnx"), "llama.cpp": ("gguf", "model.gguf")}
+NAMES = {"eager": "torch eager", "compile": "torch.compile"}
 STEPS = 16
 
 
-def alternating(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run, all of them in turn, after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    tables = read("latency") or {}
+    table = tables.setdefault(subject(options), {})
+    for name, measure in {} if options.markdown else cells(options).items():
+        if name not in table or name in options.again:
+            table[name] = measure()
+            print("written:", write("latency", tables), name, file=sys.stderr, flush=True)
+    print(markdown(table))
 
 
-def linears(
-    hidden: int, width: int, rows: int, layers: int, repeats: int
+def cells(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What to measure, by the name in the table."""
+    if options.linears:
+        return {"linears": partial(linears, options)}
+    found: dict[str, Callable[[], Any]] = {}
+    for name in options.engines:
+        if all(map(find_spec, LIBRARIES[name])):
+            found[name] = partial(measured, name, options)
+        else:
+            print(f"{name}: absent", file=sys.stderr)
+    return {"ideal": partial(ideals, options), "profile": partial(profile, options), **found}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pruned", nargs="*", type=Path, help="directories that prunec wrote")
+    parser.add_argument("--dense", default="smollm2", help="the model they were made from")
+    parser.add_argument("--engines", nargs="+", choices=[*LIBRARIES], default=[*LIBRARIES])
+    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="of table's cells")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7, help="turns, after one to warm up")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prefill")
+    parser.add_argument("--work", type=Path, default=Path(".bench/latency"), help="for the models")
+    parser.add_argument("--linears", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
+    return parser.parse_args()
+
+
+def subject(options: argparse.Namespace) -> str:
+    """What all cells of one table share; another subject is another table."""
+    labels = [path.name for path in options.pruned] or [f"-{ratio:.0%}" for ratio in RATIOS]
+    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
+    return ", ".join([Path(options.dense).name, *labels, f"1 x {options.prompt}", threads])
+
+
+def directories(options: argparse.Namespace) -> dict[str, Path]:
+    """The dense model and the smaller ones, as directories, by label; made where they are not."""
+    if Path(options.dense).is_dir():
+        found = {"dense": Path(options.dense)}
+    else:
+        found = {"dense": options.work / "dense"}
+        if not found["dense"].exists():
+            save_dense(options.dense, found["dense"])
+    if options.pruned:
+        return found | {path.name: path for path in options.pruned}
+    for ratio in RATIOS:
+        found[f"-{ratio:.0%}"] = folder = options.work / f"-{ratio:.0%}"
+        if not folder.exists():
+            save_pruned(options.dense, ratio, folder)
+    return found
+
+
+def save_dense(model: str, out: Path) -> None:
+    from prunec.models import open_model
+
+    source, part = open_model(model), out.with_name("part")
+    source.model.save_pretrained(part)
+    source.tokenizer.save_pretrained(part)
+    part.rename(out)
+
+
+def save_pruned(model: str, ratio: float, out: Path) -> None:
+    import prunec
+    from prunec.models import open_model
+
+    source = open_model(model)
+    tokens = torch.randint(1000, (4, 256), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": row[None]} for row in tokens]
+    result = prunec.prune(source.model, recipe="slimgpt", ratio=ratio, calibration=batches)
+    result.save(out, tokenizer=source.tokenizer)
+
+
+def measured(engine: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By label the milliseconds of each turn, and the memory."""
+    files = directories(options)
+    if engine in FORMS:
+        form, name = FORMS[engine]
+        files = {label: exported(form, path, options) / name for label, path in files.items()}
+    rows: dict[str, dict[str, Any]] = child(engine, files, options, options.repeats)
+    for label, path in files.items():
+        rows[label] |= child(engine, {label: path}, options, 0)[label]
+    return rows
+
+
+def exported(form: str, folder: Path, options: argparse.Namespace) -> Path:
+    """What the engine opens; prunec compares it with the model there."""
+    import prunec
+
+    out: Path = options.work / form / folder.name
+    if not out.exists():
+        finding = prunec.export(folder, form, out).finding
+        print(f"{folder.name}: {finding.engine}: {finding.detail}", file=sys.stderr)
+    return out
+
+
+def child(engine: str, files: dict[str, Path], options: argparse.Namespace, repeats: int) -> Any:
+    job = {
+        "engine": engine,
+        "files": {label: str(path) for label, path in files.items()},
+        "threads": options.threads,
+        "prompt": options.prompt,
+        "steps": STEPS,
+        "repeats": repeats,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("engines.py")), json.dumps(job)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def ideals(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of the dense model, by label: FLOPs with all logits and with the last, and weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts: dict[str, dict[str, float]] = {}
+    ids = torch.ones(1, options.prompt, dtype=torch.long)
+    for label, folder in directories(options).items():
+        model = opened(folder, attn_implementation="eager")
+        counts[label] = {"weights": sum(p.nbytes for p in model.parameters())}
+        for name, kept in (("all logits", 0), ("last logits", 1)):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(ids, use_cache=False, logits_to_keep=kept)
+            counts[label][name] = counter.get_total_flops()
+    dense = counts["dense"]
+    return {label: {n: c / dense[n] for n, c in row.items()} for label, row in counts.items()}
+
+
+def opened(folder: Path, **settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
+    return found.eval()
+
+
+def profile(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds of an eager prefill, by what computes: matrix products, attention, the rest."""
+    from torch.profiler import ProfilerActivity
+
+    ids = torch.arange(options.prompt)[None] % 1000 + 1
+    found = {}
+    for label, folder in directories(options).items():
+        model = opened(folder)
+        with torch.inference_mode():
+            model(ids, use_cache=False)
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+                for _ in range(options.repeats):
+                    model(ids, use_cache=False)
+        spent: Counter[str] = Counter()
+        for event in profiler.key_averages():
+            spent[_part(event.key)] += event.self_cpu_time_total / 1e3 / options.repeats
+        found[label] = {name: round(spent[name], 2) for name in ("products", "attention", "rest")}
+    return found
+
+
+def _part(operator: str) -> str:
+    if operator in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"):
+        return "products"
+    return "attention" if "scaled_dot_product" in operator else "rest"
+
+
+def linears(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """MLPs of SmolLM2's sizes, on one row of input and on a prompt."""
+    sizes = {"hidden": 576, "width": 1536, "layers": 10, "repeats": options.repeats}
+    return {f"{rows} rows": gated(rows=rows, **sizes) for rows in (1, options.prompt)}
+
+
+def gated(
+    *, hidden: int, width: int, rows: int, layers: int, repeats: int
 ) -> list[dict[str, float]]:
-    """Gated MLPs of the dense width, and of widths around 0.8 of it, on [rows, hidden] inputs.
+    """Gated MLPs of widths around 0.8 of the dense one, on [rows, hidden] inputs.
 
     Without rounding each layer has a width of its own, as pruning leaves it: 0.8 +- 0.1 of the
     dense one, odd numbers included; rounded, the nearest multiples of these.
@@ -74,184 +251,60 @@ def linears(
 
         return run
 
-    sizes = {"dense": [width] * layers}
+    sizes = {0: [width] * layers}
     for multiple in MULTIPLES:
-        sizes[str(multiple)] = [
-            max(multiple, round(d * width / multiple) * multiple) for d in draws
-        ]
+        sizes[multiple] = [max(multiple, round(d * width / multiple) * multiple) for d in draws]
     with torch.inference_mode():
         seconds = alternating({name: stack(widths) for name, widths in sizes.items()}, repeats)
-    whole = sum(sizes["dense"])
+    whole = sum(sizes[0])
     return [
-        {
-            "multiple_of": int(name),
-            "time": seconds[name] / seconds["dense"],
-            "ideal": sum(sizes[name]) / whole,
-        }
-        for name in sizes
-        if name != "dense"
+        {"multiple_of": name, "time": seconds[name] / seconds[0], "ideal": sum(sizes[name]) / whole}
+        for name in MULTIPLES
     ]
 
 
-def directories(options: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """The dense model and the smaller ones, as directories, by label."""
-    import prunec
-    from prunec.models import open_model
-
-    if Path(options.dense).is_dir():
-        found = {"dense": Path(options.dense)}
-        source = None
-    else:
-        source = open_model(options.dense)
-        source.model.save_pretrained(work / "dense")
-        source.tokenizer.save_pretrained(work / "dense")
-        found = {"dense": work / "dense"}
-    if options.pruned:
-        return found | {path.name: path for path in options.pruned}
-    source = source or open_model(options.dense)
-    for ratio in RATIOS:
-        result = prunec.prune(
-            source.model,
-            recipe="magnitude",
-            ratio=ratio,
-            calibration=[source.example],
-            settings={"allocation": "log-increase"},
-        )
-        label = f"-{ratio:.0%}"
-        result.save(work / label, tokenizer=source.tokenizer)
-        found[label] = work / label
-    return found
+def alternating(runs: dict[int, Callable[[], object]], repeats: int) -> dict[int, float]:
+    """Median seconds of each run, all of them in turn, after one warm-up."""
+    seconds: dict[int, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
 
 
-def exported(engine: str, folders: dict[str, Path], work: Path) -> dict[str, Path]:
-    """What the engine opens, by label."""
-    import prunec
-
-    if engine not in FORMS:
-        return folders
-    form, name = FORMS[engine]
-    for label, folder in folders.items():
-        done = prunec.export(folder, form, work / form / label)
-        print(f"{label}: {done.finding.engine}: {done.finding.detail}", file=sys.stderr)
-    return {label: work / form / label / name for label in folders}
-
-
-def child(engine: str, files: dict[str, Path], options: argparse.Namespace, repeats: int) -> Any:
-    job = {
-        "engine": engine,
-        "files": {label: str(path) for label, path in files.items()},
-        "threads": options.threads,
-        "prompt": options.prompt,
-        "steps": STEPS,
-        "repeats": repeats,
-    }
-    command = [sys.executable, str(Path(__file__).with_name("engines.py")), json.dumps(job)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+def markdown(table: dict[str, Any]) -> str:
+    """Speed-ups over the dense model, the ideal, and the part of it that was reached."""
+    head = ["engine", "model", "prefill", "speed-up", "decoding", "speed-up", "memory"]
+    lines = [head, [":--", ":--", *["--:"] * (len(head) - 2)]]
+    for engine in [name for name in LIBRARIES if name in table]:
+        for label, row in table[engine].items():
+            flops = "last logits" if engine == "llama.cpp" else "all logits"
+            lines.append(
+                [
+                    NAMES.get(engine, engine),
+                    label,
+                    *_times(table, engine, label, "prefill_ms", flops),
+                    *_times(table, engine, label, "decode_ms", "weights"),
+                    f"{row['memory_bytes'] / 1e6:,.0f} MB",
+                ]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ideals(folders: dict[str, Path], prompt: int) -> dict[str, dict[str, float]]:
-    """Of the dense model, by label: FLOPs with all logits and with the last, and weights."""
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
-
-    counts: dict[str, dict[str, float]] = {}
-    ids = torch.ones(1, prompt, dtype=torch.long)
-    for label, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, attn_implementation="eager"
-        )
-        counts[label] = {"weights": sum(p.nbytes for p in model.parameters())}
-        for name, kept in (("all logits", 0), ("last logits", 1)):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(ids, use_cache=False, logits_to_keep=kept)
-            counts[label][name] = counter.get_total_flops()
-    dense = counts["dense"]
-    return {label: {n: c / dense[n] for n, c in row.items()} for label, row in counts.items()}
-
-
-def profile(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds of an eager prefill, by what computes: matrix products, attention, the rest."""
-    from torch.profiler import ProfilerActivity
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.arange(options.prompt)[None] % 1000 + 1
-    found = {}
-    for label, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        with torch.inference_mode():
-            model(ids, use_cache=False)
-            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-                for _ in range(options.repeats):
-                    model(ids, use_cache=False)
-        spent: Counter[str] = Counter()
-        for event in profiler.key_averages():
-            spent[_part(event.key)] += event.self_cpu_time_total / 1e3 / options.repeats
-        found[label] = {name: round(spent[name], 2) for name in ("products", "attention", "rest")}
-    return found
-
-
-def _part(operator: str) -> str:
-    if operator in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"):
-        return "products"
-    return "attention" if "scaled_dot_product" in operator else "rest"
-
-
-def table(engine: str, rows: dict[str, dict[str, float]], ideal: dict[str, Any]) -> None:
-    """Beside each ratio to the dense model the part of the ideal speed-up that it is."""
-    flops = "last logits" if engine == "llama.cpp" else "all logits"
-    for label, row in rows.items():
-        line = f"{engine:12} {label:8}"
-        for name, best in (("prefill_ms", flops), ("decode_ms", "weights")):
-            if name in row:
-                ratio = row[name] / rows["dense"][name]
-                part = ideal[label][best] / ratio
-                line += f"  {name[:-3]} {row[name]:8.1f} ms {ratio:5.2f} x, {part:4.0%} of ideal"
-        print(f"{line}  {row['memory_bytes'] / 1e6:7.0f} MB")
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    figures: dict[str, Any] = {"prompt": options.prompt, "steps": STEPS}
-    if options.linears:
-        figures["linears"] = {
-            f"{rows} x 576, width 1536": linears(576, 1536, rows, 10, options.repeats)
-            for rows in (1, options.prompt)
-        }
-        print(json.dumps(figures["linears"], indent=1))
-        return
-    with tempfile.TemporaryDirectory(prefix="prunec-latency-") as name:
-        work = Path(name)
-        folders = directories(options, work)
-        figures["ideal"] = ideal = ideals(folders, options.prompt)
-        if options.profile:
-            figures["profile"] = profile(folders, options)
-            print(json.dumps(figures["profile"], indent=1))
-        for engine in options.engines:
-            if not all(map(find_spec, LIBRARIES[engine])):
-                print(f"{engine:12} absent")
-                continue
-            files = exported(engine, folders, work)
-            rows = child(engine, files, options, options.repeats)
-            for label, path in files.items():
-                rows[label] |= child(engine, {label: path}, options, 0)[label]
-            figures[engine] = rows
-            table(engine, rows, ideal)
-    print("written:", write("latency", figures))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pruned", nargs="*", type=Path, help="directories that prunec wrote")
-    parser.add_argument("--dense", default="smollm2", help="the model they were made from")
-    parser.add_argument("--engines", nargs="+", choices=[*LIBRARIES], default=[*LIBRARIES])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--linears", action="store_true")
-    return parser.parse_args()
+def _times(table: dict[str, Any], engine: str, label: str, what: str, ideal: str) -> list[str]:
+    """Milliseconds; the dense model's over them, of the ideal."""
+    rows = table[engine]
+    if what not in rows[label]:
+        return ["", ""]
+    time = f"{median(rows[label][what]):,.1f} ms"
+    if label == "dense":
+        return [time, ""]
+    found = median(d / p for d, p in zip(rows["dense"][what], rows[label][what], strict=True))
+    best = 1 / table["ideal"][label][ideal]
+    return [time, f"{found:.2f} of {best:.2f}: {found / best:.0%}"]
 
 
 if __name__ == "__main__":

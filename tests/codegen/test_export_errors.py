@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from slicing import ARCHITECTURES, shrunk
 from typer.testing import CliRunner
 
+import prunec
 from prunec.cli.app import app
 
 FORMS = ("pt2", "python", "onnx", "gguf", "padded", "deci")
@@ -105,6 +106,20 @@ def test_what_exists_stays(delivery: Callable[[str], Path], tmp_path: Path, form
     assert "exists" in export(delivery("tiny"), form, tmp_path / "out")
     assert "something else" in export(delivery("tiny"), form, tmp_path / "out", "--overwrite")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_itself_stays(delivery: Callable[[str], Path], tmp_path: Path, form: str) -> None:
+    """By any name of it or of what holds it; a file of another form may lie inside."""
+    model = Path(shutil.copytree(delivery("tiny"), tmp_path / "holds" / "model"))
+    (tmp_path / "holds" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name in ("holds/model", "link", "holds/model/../model", "holds"):
+        message = export(model, form, tmp_path / name, "--overwrite")
+        assert "the output would replace the model itself" in message
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert prunec.export(model, "pt2", model / "small.pt2").to == "pt2"
 
 
 def test_a_file_of_another_form(delivery: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from exporting import written
+from safetensors.torch import load_file, save_file
 from slicing import UNITS, build, by_plan, coupling_of, example_for, random_plan
 from tiny_model import tiny_llama
 from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import prunec
 import prunec.codegen.shrink
 from prunec.codegen.battery import tolerance
+from prunec.codegen.exporters.padded import Padded
+from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.shrink import shrink
 from prunec.codegen.streamed import in_single
-from prunec.errors import VerifyError
+from prunec.errors import ExportError, VerifyError
 from prunec.passes.oracles.mask import verify_sliced
 from prunec.passes.recipe import load_recipe
 from prunec.passes.slice import slice_state
@@ -98,3 +104,55 @@ def test_the_mask_oracle_of_a_half_program_is_as_strict(dtype: torch.dtype) -> N
     selection = random_plan(coupling, UNITS).selection(coupling)
     sliced = slice_state(coupling, selection, coupling.program.state)
     assert verify_sliced(coupling, selection, sliced) < 1e-5
+
+
+@pytest.mark.engine("onnxruntime")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_onnx_of_a_half_model_is_in_single(dtype: torch.dtype, tmp_path: Path) -> None:
+    halved(build("llama"), dtype).save_pretrained(tmp_path / "half")
+    done = prunec.export(tmp_path / "half", "onnx", tmp_path / "half.onnx")
+    assert done.finding.state == "measured"
+    assert done.notes == ("its 16-bit weights are fp32 in the file",)
+    weights = (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert done.files["model.onnx"] > 1.8 * weights
+
+
+def test_padding_by_other_weights_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by less than rounding to 16 bits allows."""
+    written("phi3", tmp_path / "single")
+    model = prunec.load(tmp_path / "single", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    done = prunec.export(tmp_path / "half", "padded", tmp_path / "stock")
+    assert done.finding.state == "measured"
+    write = Padded.write
+
+    def with_an_error(self: Padded, source: ModelDirectory, folder: Path) -> object:
+        notes = write(self, source, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] *= 1 + tolerance(model) / 2
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return notes
+
+    monkeypatch.setattr(Padded, "write", with_an_error)
+    with pytest.raises(VerifyError, match="is not the model"):
+        prunec.export(tmp_path / "half", "padded", tmp_path / "wrong")
+
+
+def test_nearly_the_llama_graph_is_none(tmp_path: Path) -> None:
+    """Logits over 1.004: less than rounding to 16 bits allows."""
+    config = GraniteConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        attention_multiplier=8**-0.5,
+        logits_scaling=1.004,
+    )
+    torch.manual_seed(0)
+    model = halved(GraniteForCausalLM(config), torch.bfloat16)
+    model.save_pretrained(tmp_path / "granite")
+    with pytest.raises(ExportError) as caught:
+        prunec.export(tmp_path / "granite", "gguf", tmp_path / "out.gguf")
+    assert "its logits would be off by 4.0e-03" in str(caught.value.where)

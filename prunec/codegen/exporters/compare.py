@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from prunec.codegen.exporters import stranger
 from prunec.codegen.exporters.exporter import Finding
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import Inputs, expected, named_forward, unpadded
+from prunec.codegen.streamed import in_single
 from prunec.errors import VerifyError
 
 PRUNEC = ("prunec",)
@@ -36,12 +38,14 @@ class Engine:
         package: whose version is reported.
         limit: of the largest difference, relative to the largest logit; None: of the model's type.
         hidden: packages that its process cannot import.
+        single: it computes with 16-bit weights in fp32.
     """
 
     function: str
     package: str
     limit: float | None = None
     hidden: Sequence[str] = PRUNEC
+    single: bool = False
 
 
 def absent(engine: str, package: str, module: str, fix: str) -> Finding | None:
@@ -74,19 +78,21 @@ def measure(
         VerifyError: the file does not open, or gives other numbers.
     """
     cases = source.traced.cases if cases is None else cases
-    model = named_forward(source.model, list(next(iter(cases.values()))))
-    limit = tolerance(source.model) if engine.limit is None else engine.limit
     found = outputs(engine.function, file, cases, hidden=engine.hidden)
-    worst = 0.0
-    for name, inputs in cases.items():
-        gap = difference([unpadded(found[name], inputs).float()], [expected(model, inputs).float()])
-        if not gap <= limit:
-            raise VerifyError(
-                f"{file.name} is not the model",
-                where=f"{named(engine.package)}, {name}: off by {gap:.1e} of the largest logit",
-                so="nothing was delivered",
-            )
-        worst = max(worst, gap)
+    with in_single(source.model, None) if engine.single else nullcontext(source.model) as model:
+        forward = named_forward(model, list(next(iter(cases.values()))))
+        limit = tolerance(model) if engine.limit is None else engine.limit
+        worst = 0.0
+        for name, inputs in cases.items():
+            wanted = expected(forward, inputs).float()
+            gap = difference([unpadded(found[name], inputs).float()], [wanted])
+            if not gap <= limit:
+                raise VerifyError(
+                    f"{file.name} is not the model",
+                    where=f"{named(engine.package)}, {name}: off by {gap:.1e} of the largest logit",
+                    so="nothing was delivered",
+                )
+            worst = max(worst, gap)
     detail = f"{', '.join(cases)}: equal within {worst:.1e} of the largest logit"
     return Finding(named(engine.package), "measured", detail)
 

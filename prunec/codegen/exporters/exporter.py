@@ -113,6 +113,7 @@ def export(
     """
     exporter = _exporter(to, settings or {})
     source = ModelDirectory.read(Path(directory))
+    _check_apart(source.path, Path(out))
     with _place(exporter, to, Path(out), overwrite=overwrite) as folder, quiet():
         with progress.task(f"see whether {to} can hold it"):
             reasons = list(exporter.can_express(source))
@@ -145,6 +146,18 @@ def _exporter(name: str, settings: Mapping[str, Any]) -> Exporter:
                 f"{name} has no setting {key!r}", fix=f"it has: {', '.join(known) or 'none'}"
             )
     return cast(Exporter, made(**settings))
+
+
+def _check_apart(directory: Path, out: Path) -> None:
+    """Refuse an OUT whose place the model itself has, or lies in."""
+    model = directory.resolve()
+    if out.resolve() in (model, *model.parents):
+        raise ExportError(
+            "the output would replace the model itself",
+            where=str(out),
+            so="nothing was written",
+            fix="name another place",
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from prunec.codegen.battery import difference, tolerance
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import expected, named_forward
+from prunec.codegen.streamed import in_single
 from prunec.errors import ExportError
 
 _PARTS = {
@@ -202,9 +203,11 @@ def _prove(graph: LlamaGraph, source: ModelDirectory) -> None:
     length = min(_PROBE, graph.context)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(graph.vocabulary, (1, length), generator=generator)
-    wanted = expected(named_forward(source.model, ["input_ids"]), {"input_ids": ids})
+    with in_single(source.model, None) as model:
+        wanted = expected(named_forward(model, ["input_ids"]), {"input_ids": ids})
+        limit = tolerance(model)
     gap = difference([graph.logits(ids)], [wanted.float()])
-    if not gap <= tolerance(source.model):
+    if not gap <= limit:
         raise _none(f"as a LLaMA graph its logits would be off by {gap:.1e} of the largest")
 
 

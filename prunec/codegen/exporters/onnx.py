@@ -26,18 +26,22 @@ FIX = 'pip install "prunec[onnx]"'
 
 @dataclass(frozen=True)
 class Onnx:
-    """The traced program translated operator by operator; the same inputs, output ``logits``."""
+    """The traced program translated operator by operator; the same inputs, output ``logits``.
+
+    In fp32 where the weights have 16 bits: onnxruntime's CPU kernels know no bf16.
+    """
 
     file: ClassVar[str] = "model.onnx"
     alone: ClassVar[bool] = True
 
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
-        return untraceable(source)
+        return untraceable(source.single)
 
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         for package in ("onnx", "onnxscript"):
             if find_spec(package) is None:
                 raise ExportError(f"ONNX export needs {package}", fix=FIX)
+        source, stored = source.single, source
         traced = source.traced
         try:
             with _no_warnings():
@@ -50,11 +54,13 @@ class Onnx:
         large = source.weight_bytes > LARGE_BYTES
         made.save(folder / self.file, external_data=large)
         notes = ["the weights are in model.onnx.data beside it"] if large else []
+        if source is not stored:
+            notes.append("its 16-bit weights are fp32 in the file")
         return [*traced.fixed, *notes]
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
         missing = absent("onnxruntime", "onnxruntime", "onnxruntime", FIX)
-        return missing or measure(_ENGINE, source, folder / self.file)
+        return missing or measure(_ENGINE, source.single, folder / self.file)
 
 
 @contextmanager

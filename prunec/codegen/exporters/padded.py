@@ -22,6 +22,7 @@ from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import SHAPES, expected, named_forward
 from prunec.codegen.fields import overrides
 from prunec.codegen.perturb import meta_model
+from prunec.codegen.streamed import in_single
 from prunec.codegen.twin import assemble, stock_class, tensors_of
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dims import Dim, extent
@@ -29,7 +30,7 @@ from prunec.graph.selection import Keep, Selection
 from prunec.graph.trace import trace
 from prunec.passes.slice import pad_state
 
-_ENGINE = Engine("transformers", "transformers")
+_ENGINE = Engine("transformers", "transformers", single=True)
 _TRIALS = 100_000  # sets of counts tried for groups that share all their axes
 
 
@@ -98,8 +99,9 @@ def _filled(
 
 def _equal(source: ModelDirectory, made: nn.Module) -> bool:
     inputs = resized(source.model, source.example, *SHAPES[-1])
-    pair = [expected(named_forward(m, list(inputs)), inputs) for m in (made, source.model)]
-    return difference(pair[:1], pair[1:]) <= tolerance(source.model)
+    with in_single(made, None) as wide, in_single(source.model, None) as model:
+        pair = [expected(named_forward(m, list(inputs)), inputs) for m in (wide, model)]
+        return difference(pair[:1], pair[1:]) <= tolerance(model)
 
 
 def _choices(config: Any) -> Iterator[dict[str, int]]:
@@ -137,7 +139,9 @@ def _stock(source: ModelDirectory, fields: Mapping[str, int]) -> nn.Module | Non
     with init_empty_weights(include_buffers=False):
         stock: Any = cls(built.config)
     stock.tie_weights()
-    return stock.eval().requires_grad_(False).to(model.dtype)  # type: ignore[no-any-return]
+    for parameter in stock.parameters():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(model.dtype)
+    return stock.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def solutions(

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,10 +27,15 @@ _STOCK: Mapping[str, Any] = {name: {} for name in _TABLES}
 
 @dataclass(frozen=True, eq=False)
 class ModelDirectory:
-    """A transformers directory with safetensors, of prunec or not."""
+    """A transformers directory with safetensors, of prunec or not.
+
+    Attributes:
+        dtype: that the model is opened with; None: that of its checkpoint.
+    """
 
     path: Path
     config: Mapping[str, Any] = field(repr=False)
+    dtype: torch.dtype | None = None
     _results: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -51,27 +57,42 @@ class ModelDirectory:
         return cast(Mapping[str, Any], self.config.get("prunec", _STOCK))
 
     @cached_property
-    def weight_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+    def single(self) -> ModelDirectory:
+        """The same, with 16-bit weights opened in fp32."""
+        half = any(kind in ("F16", "BF16") for _, kind in self._headers.values())
+        return ModelDirectory(self.path, self.config, torch.float32) if half else self
 
     @cached_property
+    def weight_bytes(self) -> int:
+        """As the model has them when it is open, or as its files hold them."""
+        stored = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        return stored if self.dtype is None else 2 * stored
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape, of all files, from their headers."""
-        found: dict[str, tuple[int, ...]] = {}
+        """Tensor name -> shape, of all files."""
+        return {name: shape for name, (shape, _) in self._headers.items()}
+
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name -> its shape and safetensors' name of its type."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                        found[name] = tuple(tensors.get_slice(name).get_shape())
+                        part = tensors.get_slice(name)
+                        found[name] = tuple(part.get_shape()), str(part.get_dtype())
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file.name} is damaged: {error}", where=str(file)) from error
         return found
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model, in eval mode, with the type of its checkpoint."""
+        """The model, in eval mode."""
+        typed = {} if self.dtype is None else {"dtype": self.dtype}
         try:
-            model: nn.Module = load(self.path).requires_grad_(False)
+            model: nn.Module = load(self.path, **typed).requires_grad_(False)
         except OPENING_ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"it does not open: {reason}", where=str(self.path)) from error

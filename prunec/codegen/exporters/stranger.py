@@ -65,7 +65,7 @@ def onnx(file: Path) -> Run:
 
 
 def transformers(file: Path) -> Run:
-    """A directory that the stock class opens, without code of its own."""
+    """A directory that the stock class opens, without code of its own; 16-bit weights widened."""
     import transformers as library
 
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -73,6 +73,8 @@ def transformers(file: Path) -> Run:
     model, info = cls.from_pretrained(file.parent, output_loading_info=True)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         assert not info[kind], f"{kind}: {sorted(map(str, info[kind]))[:3]}"
+    if all(p.is_floating_point() and p.itemsize == 2 for p in model.parameters()):
+        model.float()
     model.eval()
     return lambda inputs: model(**inputs)[0]
 
