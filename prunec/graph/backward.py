@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from prunec.errors import TraceError, VerifyError
 from prunec.events import Progress, silent
+from prunec.graph.inline import has_gradient
 from prunec.graph.paths import block_of
 from prunec.graph.program import Program, module_path, source_line
 
@@ -257,9 +258,11 @@ class _Reverse:
             name = self._program.bindings[node.name]
             return weights[name] if name in weights else self._tensor(name)
 
+        enabled = torch.is_grad_enabled()
         for node in nodes:
             target: Any = node.target
-            live[node] = target(*fx.map_arg(node.args, fetch), **fx.map_arg(node.kwargs, fetch))
+            with torch.set_grad_enabled(enabled and has_gradient(node)):
+                live[node] = target(*fx.map_arg(node.args, fetch), **fx.map_arg(node.kwargs, fetch))
 
     def _tensor(self, name: str) -> Tensor:
         return self._weight(name).to(self._device)

@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import fx
 
+_GRADIENT = "has_gradient"
+
 
 def inline(graph_module: fx.GraphModule) -> None:
     """Replace each call of a region that only changes a mode by the nodes of that region.
 
     Export sets apart what runs under another gradient mode, or with autocast switched off. A
-    program runs without autocast, and what it computes does not depend on gradients.
+    program runs without autocast; `has_gradient` tells the nodes of the other mode apart, for
+    those who differentiate.
     """
     graph = graph_module.graph
     for call in list(graph.nodes):
@@ -25,6 +28,8 @@ def inline(graph_module: fx.GraphModule) -> None:
         )
         region = getattr(graph_module, str(attribute.target))
         inline(region)
+        if isinstance(call.args[0], bool):
+            _mark(region.graph, call.args[0])
         places = region.graph.find_nodes(op="placeholder")
         inputs: dict[fx.Node, Any] = dict(zip(places, call.args[at + 1 :], strict=True))
         with graph.inserting_before(call):
@@ -33,6 +38,16 @@ def inline(graph_module: fx.GraphModule) -> None:
         graph.erase_node(call)
         if not attribute.users:
             graph.erase_node(attribute)
+
+
+def has_gradient(node: fx.Node) -> bool:
+    """Whether the model itself lets gradients through this call, where it is to have any."""
+    return bool(node.meta.get(_GRADIENT, True))
+
+
+def _mark(region: fx.Graph, gradient: bool) -> None:
+    for node in region.nodes:  # those of a region within it are marked already
+        node.meta.setdefault(_GRADIENT, gradient)
 
 
 def _changes_only_a_mode(node: fx.Node) -> bool:

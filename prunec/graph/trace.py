@@ -83,7 +83,9 @@ def trace(model: nn.Module, example: Example) -> Program:
         TraceError: if the model cannot be exported, with torch's reason.
     """
     inputs = name_inputs(model, example)
-    return _program(model, _export(model, _Positional(model, list(inputs)), inputs), inputs)
+    with torch.no_grad():
+        exported = _export(model, _Positional(model, list(inputs)), inputs)
+    return _program(model, exported, inputs)
 
 
 def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> Program:
@@ -95,7 +97,8 @@ def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> P
     Raises:
         TraceError: the loss cannot be exported, or is no floating-point scalar.
     """
-    exported = _export(model, _Scalar(model, list(example), loss), example)
+    with torch.enable_grad():  # so that the graph tells what the model computes without
+        exported = _export(model, _Scalar(model, list(example), loss), example)
     program = _program(model, exported, example)
     (output,) = program.graph.find_nodes(op="output")
     result = output.args[0][0] if output.args[0] else None
@@ -129,7 +132,7 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
     training = model.training
     wrapper.eval()
     try:
-        with torch.no_grad(), traceable(model), _real_looking_parameters(wrapper) as mode:
+        with traceable(model), _real_looking_parameters(wrapper) as mode:
             if mode is not None:
                 arguments = tuple(mode.from_tensor(value) for value in arguments)
             return _without_vmap(torch.export.export(wrapper, arguments, strict=False))
