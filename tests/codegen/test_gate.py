@@ -114,3 +114,21 @@ def test_the_gate_compares_bits(tmp_path: Path) -> None:
     finally:
         weight[0, 0] = before
     assert "logits differ by" in str(caught.value.where)
+    assert caught.value.fix is None
+
+
+def test_a_buffer_that_a_cast_has_rounded_is_named(tmp_path: Path) -> None:
+    """No file holds it: the class makes it anew, in full precision."""
+    *_, result = shrunk("llama")
+    result.model.save_pretrained(tmp_path / "out")
+    frequencies = result.model.model.rotary_emb.inv_freq
+    before = frequencies.clone()
+    frequencies.copy_(frequencies.bfloat16())
+    try:
+        with pytest.raises(VerifyError) as caught:
+            accept(result.model, tmp_path / "out", "AutoModelForCausalLM", result.example)
+    finally:
+        frequencies.copy_(before)
+    assert "logits differ by" in str(caught.value.where)
+    assert "its class makes another model.rotary_emb.inv_freq" in str(caught.value.so)
+    assert "from_pretrained(..., dtype=...)" in str(caught.value.fix)
