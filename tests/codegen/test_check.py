@@ -48,6 +48,8 @@ def test_a_whole_directory(whole: Path) -> None:
     assert engines["SGLang,"].opens == "no"
     assert "FFN widths must be multiples of 256" in engines["SGLang,"].reason
     assert engines["vLLM"].reason.startswith("its Transformers backend")
+    (prefix,) = (engine for engine in found.engines if engine.name == "peft prefix tuning")
+    assert (prefix.opens, prefix.reason) == ("no", "it assumes one number of KV heads")
     quick = {e.name.split()[0]: e for e in prunec.check(whole, measure=False).engines}
     assert quick["onnxruntime"].state in ("not run", "engine absent")
     assert quick["onnxruntime"].reason == "prunec export --to onnx"

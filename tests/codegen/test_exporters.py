@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -244,8 +245,6 @@ def test_the_same_names_with_another_forward_are_no_llama(tmp_path: Path) -> Non
 
 
 def test_a_fitted_bias_has_no_place_in_a_stock_class(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from slicing import by_plan, random_plan
 
     from prunec.codegen.shrink import shrink

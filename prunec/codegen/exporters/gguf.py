@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,13 +19,16 @@ from prunec.codegen.exporters.gguf_tokenizer import read_tokenizer
 from prunec.codegen.exporters.llama_graph import LlamaGraph, llama_graph
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.stranger import greedy
+from prunec.codegen.exporters.traced import Inputs
 from prunec.errors import ExportError, VerifyError
 
 _ARCH = "deci"
 _REMOVED_WIDTH = 32  # llama.cpp skips the rest of a layer with n_ff = 0, attention's output too
 _PROMPT, _TEXT, _TOKENS = 8, 50, 512
-# of the largest logit, by the type that the weights are stored in
-_LIMITS = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}
+_LIMIT = 1e-3  # of the largest logit
+# By the type that weights are stored in: how far off they may be, of the largest in their row; and
+# below what numbers of 16 bits, as the scale of a q8_0 block is one, are coarser.
+_ROUNDING = {"f32": (0.0, 0.0), "f16": (2**-11, 2**-14), "q8_0": (1 / 127, 2**-9)}
 _BLOCK = 32  # weights of one q8_0 block
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -49,8 +53,8 @@ class Gguf:
     alone: ClassVar[bool] = True
 
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
-        if self.type not in _LIMITS:
-            raise ExportError(f"no GGUF type {self.type!r}", fix=f"one of {', '.join(_LIMITS)}")
+        if self.type not in _ROUNDING:
+            raise ExportError(f"no GGUF type {self.type!r}", fix=f"one of {', '.join(_ROUNDING)}")
         if find_spec("gguf") is None:
             raise ExportError("GGUF export needs gguf", fix='pip install "prunec[gguf]"')
         try:
@@ -100,35 +104,99 @@ class Gguf:
         return kept
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
-        """Logits of a long sequence; and greedy text through the KV cache, in float32."""
+        """Logits of a long sequence; and greedy text through the KV cache, in float32.
+
+        What fewer bits change adds up over the layers, to more than a wrong file may be off by. So
+        for other types a file of the same in f32 is compared, and every weight with its original.
+        """
         missing = absent(
             "llama.cpp", "llama-cpp-python", "llama_cpp", "pip install llama-cpp-python"
         )
         if missing is not None:
             return missing
+        if self.type == "f32":
+            return Finding(_engine(), "measured", _compared(source, folder / self.file))
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            Gguf().write(source, Path(name))
+            exact = _compared(source, Path(name) / self.file)
         graph = source.once(llama_graph)
-        generator = torch.Generator().manual_seed(0)
-        length = min(_TOKENS, graph.context)
-        ids = torch.randint(graph.vocabulary, (1, length), generator=generator)
-        prompt, count = ids[:, :_PROMPT], min(_TEXT, graph.context - _PROMPT)
-        cases = {"long": {"input_ids": ids}, "prompt": {"input_ids": prompt}}
-        found = outputs("llama_cpp", folder / self.file, cases, greedy=count)
-        wanted = graph.logits(ids)
-        gap, agreed = difference([found["long"]], [wanted]), agreement(found["long"], wanted)
-        text = greedy(lambda inputs: graph.logits(inputs["input_ids"]), prompt, count)
-        same = int((found["greedy"] == text).long().cumprod(-1).sum())
-        detail = (
-            f"{length} tokens: argmax equal at {agreed:.1%}, logits within {gap:.1e} of the "
-            f"largest; greedy text with an f32 cache: {same} of {count} tokens the same"
-        )
-        exact = self.type != "f32" or (agreed == 1 and same == count)
-        if not (gap <= _LIMITS[self.type] and exact):
-            raise VerifyError(
-                f"{self.file} is not the model",
-                where=f"{named('llama-cpp-python')}, {detail}",
-                so="nothing was delivered",
-            )
-        return Finding(named("llama-cpp-python"), "measured", detail)
+        limit, least = _ROUNDING[self.type]
+        off = rounding(folder / self.file, graph, least)
+        if not off <= limit:
+            raise _not_the_model(f"weights are off by {off:.1e} of the largest in their row")
+        cases = _cases(graph)
+        found = outputs("llama_cpp", folder / self.file, cases)["long"]
+        agreed = agreement(found, graph.logits(cases["long"]["input_ids"]))
+        if not found.isfinite().all():
+            raise _not_the_model("logits are NaN or Inf")
+        said = f"in {self.type} weights within {off:.1e} of the largest in their row, argmax equal"
+        return Finding(_engine(), "measured", f"in f32 {exact}; {said} at {agreed:.1%}")
+
+
+def _compared(source: ModelDirectory, file: Path) -> str:
+    """How an f32 file does in llama.cpp.
+
+    Raises:
+        VerifyError: not as the model.
+    """
+    graph = source.once(llama_graph)
+    cases = _cases(graph)
+    ids, prompt = cases["long"]["input_ids"], cases["prompt"]["input_ids"]
+    count = min(_TEXT, graph.context - _PROMPT)
+    found = outputs("llama_cpp", file, cases, greedy=count)
+    wanted = graph.logits(ids)
+    gap, agreed = difference([found["long"]], [wanted]), agreement(found["long"], wanted)
+    text = greedy(lambda inputs: graph.logits(inputs["input_ids"]), prompt, count)
+    same = int((found["greedy"] == text).long().cumprod(-1).sum())
+    detail = (
+        f"{ids.shape[1]} tokens: argmax equal at {agreed:.1%}, logits within {gap:.1e} of the "
+        f"largest; greedy text with an f32 cache: {same} of {count} tokens the same"
+    )
+    if not (gap <= _LIMIT and agreed == 1 and same == count):
+        raise _not_the_model(detail)
+    return detail
+
+
+def _cases(graph: LlamaGraph) -> dict[str, Inputs]:
+    """Random tokens, and those that a text begins with."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(graph.vocabulary, (1, min(_TOKENS, graph.context)), generator=generator)
+    return {"long": {"input_ids": ids}, "prompt": {"input_ids": ids[:, :_PROMPT]}}
+
+
+def _engine() -> str:
+    return named("llama-cpp-python")
+
+
+def _not_the_model(detail: str) -> VerifyError:
+    return VerifyError(
+        f"{Gguf.file} is not the model", where=f"{_engine()}, {detail}", so="nothing was delivered"
+    )
+
+
+def rounding(file: Path, graph: LlamaGraph, least: float) -> float:
+    """By how much a file's weights are off, of the largest in their row or of `least`.
+
+    Inf where one is missing or too many, has another shape, or is stored in f32 and not the same.
+    """
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    worst = 0.0
+    for name, tensor in tensors(graph):
+        if name not in stored:
+            return float("inf")
+        part = stored.pop(name)
+        found = torch.tensor(gguf.quants.dequantize(part.data, part.tensor_type))
+        wanted = tensor.float()
+        if found.shape != wanted.shape:
+            return float("inf")
+        off = (found - wanted).abs().amax(-1)
+        if part.tensor_type == gguf.GGMLQuantizationType.F32:
+            worst = worst if not off.any() else float("inf")
+        else:
+            worst = max(worst, float((off / wanted.abs().amax(-1).clamp_min(least)).max()))
+    return float("inf") if stored else worst
 
 
 def agreement(found: Tensor, wanted: Tensor) -> float:
