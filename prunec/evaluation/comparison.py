@@ -71,9 +71,9 @@ class Comparison:
 
     @property
     def head(self) -> list[str]:
-        """Column titles: the metric, each model, and what each but the first keeps."""
-        names = [evaluation.model for evaluation in self.evaluations]
-        return ["", *names, *(f"{name}, kept" for name in names[1:])]
+        """Column titles: the metric, the base, then each model and what it keeps."""
+        base, *others = (evaluation.model for evaluation in self.evaluations)
+        return ["", base, *(title for name in others for title in (name, "kept"))]
 
     def rows(self) -> list[list[str]]:
         """A row a metric, as text; empty where a model has no such figure."""
@@ -95,11 +95,10 @@ class Comparison:
         return f"{table}\n\n{notes}\n"
 
     def _row(self, name: str, how: str) -> list[str]:
-        found = [_find(evaluation, name, how) for evaluation in self.evaluations]
-        values = ["" if metric is None else shown(metric) for metric in found]
-        kept = [_kept(metric, found[0]) for metric in found[1:]]
+        base, *others = (_find(evaluation, name, how) for evaluation in self.evaluations)
+        cells = [cell for metric in others for cell in (_shown(metric), _kept(metric, base))]
         same_name = {m.how for e in self.evaluations for m in e.metrics if m.name == name}
-        return [name if len(same_name) == 1 else f"{name} ({how})", *values, *kept]
+        return [name if len(same_name) == 1 else f"{name} ({how})", _shown(base), *cells]
 
 
 def shown(metric: Metric) -> str:
@@ -125,6 +124,10 @@ def _form(metric: Metric) -> tuple[float, int, str]:
     if metric.unit == "nats":
         return 1.0, 4, ""
     return 1.0, 2 if metric.value < 1000 else 0, metric.unit
+
+
+def _shown(metric: Metric | None) -> str:
+    return "" if metric is None else shown(metric)
 
 
 def _kept(metric: Metric | None, base: Metric | None) -> str:

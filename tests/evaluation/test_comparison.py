@@ -31,7 +31,7 @@ def test_one_table_for_several_models() -> None:
         ),
     )
     table = Comparison((dense, small))
-    assert table.head == ["", "dense", "small", "small, kept"]
+    assert table.head == ["", "dense", "small", "kept"]
     assert table.rows() == [
         ["perplexity", "18.50 ± 0.30", "37.00 ± 1.20", "50.0%"],
         ["piqa acc", "", "50.00 ± 5.00 %", ""],
@@ -39,6 +39,8 @@ def test_one_table_for_several_models() -> None:
     text = table.to_markdown()
     assert "| perplexity | 18.50 ± 0.30 | 37.00 ± 1.20 | 50.0% |" in text
     assert "- t: 4 windows" in text
+    assert Comparison((dense, small, small)).head == ["", "dense", "small", "kept", "small", "kept"]
+    assert [len(row) for row in Comparison((dense, small, small)).rows()] == [6, 6]
     assert Evaluation.from_json(small.to_json()) == small
 
 
