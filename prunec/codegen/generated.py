@@ -56,14 +56,19 @@ def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
         model.__class__ = stock
         return
     config.prunec = table(model, attributes)
-    bare = _bare_class(config)
-    named = {**dict.fromkeys(auto_classes(model), stock), "AutoModel": bare}
-    config.auto_map = {
-        auto: f"{MODULE}.Prunec{cls.__name__}" for auto, cls in named.items() if cls is not None
-    }
+    config.auto_map = auto_map(model)
     model.__class__ = pruned_class(stock)
     config.architectures = [type(model).__name__]
     _say_layers(config, fields)
+
+
+def auto_map(model: Any) -> dict[str, str]:
+    """Auto class -> the class of our file that it opens, for a config with its `prunec` table."""
+    known = dict.fromkeys(auto_classes(model), stock_class(model))
+    known["AutoModel"] = _bare_class(model.config)
+    return {
+        auto: f"{MODULE}.Prunec{cls.__name__}" for auto, cls in known.items() if cls is not None
+    }
 
 
 def _say_layers(config: Any, fields: ConfigFields) -> None:
@@ -193,9 +198,9 @@ def _bare_class(config: Any) -> Any:
 
 
 def source(stock: Any, config: Any) -> str:
-    """modeling_prunec.py: the text of our own module, then the classes of this model."""
-    classes = {cls for cls in (stock, _bare_class(config)) if cls is not None}
-    names = sorted(cls.__name__ for cls in classes)
+    """modeling_prunec.py: the text of our own module, then the classes that `auto_map` names."""
+    named = {entry.rpartition(".Prunec")[2] for entry in config.auto_map.values()}
+    names = sorted({stock.__name__, *named})
     text, imports = inspect.getsource(modeling_prunec), "from torch import nn\n"
     assert imports in text
     text = text.replace(imports, f"{imports}from transformers import {', '.join(names)}\n", 1)

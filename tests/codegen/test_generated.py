@@ -14,12 +14,21 @@ from slicing import ARCHITECTURES, build, shrunk
 from zoo import configs
 
 from prunec.codegen import modeling_prunec
-from prunec.codegen.generated import pruned_class, source
+from prunec.codegen.generated import auto_map, pruned_class, source
 from prunec.codegen.modeling_prunec import LayerConfig
+
+LLAMA = {
+    "AutoModel": "modeling_prunec.PrunecLlamaModel",
+    "AutoModelForCausalLM": "modeling_prunec.PrunecLlamaForCausalLM",
+}
+
+
+def config_with(skip: dict[str, str]) -> T.LlamaConfig:
+    return T.LlamaConfig(num_hidden_layers=1, prunec={"skip": skip}, auto_map=dict(LLAMA))
 
 
 def test_the_file_is_short_and_needs_transformers_and_torch_only() -> None:
-    text = source(T.LlamaForCausalLM, T.LlamaConfig(prunec={"skip": {}}))
+    text = source(T.LlamaForCausalLM, config_with({}))
     assert len(text.splitlines()) < 150
     tree = ast.parse(text)
     imported = {
@@ -34,7 +43,7 @@ def test_the_file_is_short_and_needs_transformers_and_torch_only() -> None:
 
 
 def test_only_a_model_that_skips_carries_the_code_for_it() -> None:
-    config = T.LlamaConfig(prunec={"skip": {"model.layers.1.mlp": "zeros"}})
+    config = config_with({"model.layers.1.mlp": "zeros"})
     text = source(T.LlamaForCausalLM, config)
     classes = {node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     assert classes >= {"Skipped", "SkippingPruned"}
@@ -46,10 +55,20 @@ def test_only_a_model_that_skips_carries_the_code_for_it() -> None:
 
 def test_a_bare_model_that_lacks_a_part_is_not_offered() -> None:
     """Perceiver's decoder is given to it by the head: AutoModel builds it without."""
-    sizes = {"attrs": {"model.layers.0.mlp": {"a": 1}}, "skip": {}}
-    config = T.LlamaConfig(num_hidden_layers=1, prunec=sizes)
-    assert "class PrunecLlamaModel" in source(T.LlamaForCausalLM, config)
+    with torch.device("meta"):
+        model = T.LlamaForCausalLM(T.LlamaConfig(num_hidden_layers=1))
+    model.config.prunec = {"attrs": {"model.layers.0.mlp": {"a": 1}}}
+    assert auto_map(model) == LLAMA
+    model.config.prunec = {"attrs": {"model.decoder": {"a": 1}}}
+    assert auto_map(model).keys() == {"AutoModelForCausalLM"}
+
+
+def test_the_file_has_the_classes_that_its_config_names() -> None:
+    """What can be built may differ when the file is written; what was promised stays."""
+    config = config_with({})
     config.prunec["attrs"] = {"model.decoder": {"a": 1}}
+    assert "class PrunecLlamaModel" in source(T.LlamaForCausalLM, config)
+    del config.auto_map["AutoModel"]
     assert "class PrunecLlamaModel" not in source(T.LlamaForCausalLM, config)
 
 
