@@ -2,6 +2,9 @@
 
 Started by latency.py. argv: a JSON job {"engine", "files": {label: path}, "threads", "prompt",
 "steps", "repeats"}; prints JSON by label. With one file and no repeats it measures memory.
+
+The time of one thread is that of the processor, which is the wall clock's where nothing else runs,
+and which another program on the same core does not lengthen.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ LIBRARIES = {
     "onnxruntime": ("onnxruntime",),
     "llama.cpp": ("llama_cpp",),
 }
+
+
+def clock(job: dict[str, Any]) -> Callable[[], float]:
+    """Seconds: of the processor where there is one thread, else of the wall clock."""
+    return time.process_time if job["threads"] == 1 else time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,14 @@ def eager(path: Path, job: dict[str, Any], *, compiled: bool = False) -> Runs:
         return transformers.StaticCache(config=model.config, max_cache_len=length)
 
     def decode() -> list[float]:
-        past, seconds = cache(), []
+        past, seconds, now = cache(), [], clock(job)
         model(ids, past_key_values=past)
         for step in range(job["steps"]):
-            start = time.perf_counter()
+            start = now()
             forward(
                 ids[:, :1], past_key_values=past, position_ids=ids[:, :1] * 0 + len(ids[0]) + step
             )
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         return seconds
 
     return Runs(lambda: forward(ids, use_cache=False), decode)
@@ -104,11 +112,11 @@ def llama_cpp(path: Path, job: dict[str, Any]) -> Runs:
 
     def decode() -> list[float]:
         prefill()
-        seconds = []
+        seconds, now = [], clock(job)
         for _ in range(job["steps"]):
-            start = time.perf_counter()
+            start = now()
             engine.eval(ids[:1])
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         return seconds
 
     return Runs(prefill, decode)
@@ -117,7 +125,9 @@ def llama_cpp(path: Path, job: dict[str, Any]) -> Runs:
 OPEN = {"eager": eager, "compile": compile_, "onnxruntime": onnxruntime, "llama.cpp": llama_cpp}
 
 
-def speed(runs: dict[str, Runs], repeats: int) -> dict[str, dict[str, list[float]]]:
+def speed(
+    runs: dict[str, Runs], repeats: int, now: Callable[[], float]
+) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of each turn. The models take turns: a machine that slows slows all of them."""
     found: dict[str, dict[str, list[float]]] = {
         label: {"prefill_ms": [], **({"decode_ms": []} if model.decode else {})}
@@ -125,9 +135,9 @@ def speed(runs: dict[str, Runs], repeats: int) -> dict[str, dict[str, list[float
     }
     for turn in range(repeats + 1):
         for label, model in runs.items():
-            start = time.perf_counter()
+            start = now()
             model.prefill()
-            times = {"prefill_ms": time.perf_counter() - start}
+            times = {"prefill_ms": now() - start}
             if model.decode:
                 times["decode_ms"] = median(model.decode()[1:])
             if turn:  # the first is for warming up
@@ -158,7 +168,7 @@ def main() -> None:
         print(json.dumps(memory(job)))
         return
     runs = {label: OPEN[job["engine"]](Path(path), job) for label, path in job["files"].items()}
-    print(json.dumps(speed(runs, job["repeats"])))
+    print(json.dumps(speed(runs, job["repeats"], clock(job))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@
 Without directories the dense model is pruned by the recipe slimgpt, with its own rule for widths,
 on few random tokens: latency depends on the sizes alone. Each engine runs in a process of its own,
 in which the models take turns, so that a machine that slows, slows all of them; a speed-up is the
-median of those within a turn. Memory is the growth of a process with one model alone, opening
+median of those within a turn. The time of one thread is that of the processor, which other programs
+on the core do not lengthen. Memory is the growth of a process with one model alone, opening
 included. A profile says where the time of an eager prefill goes.
 
 The ideal of prefill is the ratio of FLOPs of 1 x prompt tokens, LM head included (llama.cpp
@@ -107,7 +108,7 @@ def directories(options: argparse.Namespace) -> dict[str, Path]:
     if options.pruned:
         return found | {path.name: path for path in options.pruned}
     for ratio in RATIOS:
-        found[f"-{ratio:.0%}"] = folder = options.work / f"-{ratio:.0%}"
+        found[f"-{ratio:.0%}"] = folder = options.work / f"less_{100 * ratio:.0f}"
         if not folder.exists():
             save_pruned(options.dense, ratio, folder)
     return found
@@ -195,23 +196,36 @@ def opened(folder: Path, **settings: Any) -> Any:
 
 
 def profile(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Milliseconds of an eager prefill, by what computes: matrix products, attention, the rest."""
+    """Milliseconds of an eager prefill, by what computes: matrix products, attention, the rest.
+
+    Medians of the turns, of the wall clock.
+    """
+    ids = torch.arange(options.prompt)[None] % 1000 + 1
+    models = {label: opened(folder) for label, folder in directories(options).items()}
+    turns: dict[str, list[Counter[str]]] = {label: [] for label in models}
+    for _ in range(options.repeats + 1):
+        for label, model in models.items():
+            turns[label].append(_spent(lambda model=model: model(ids, use_cache=False)))
+    return {
+        label: {
+            n: round(median(t[n] for t in own[1:]), 2) for n in ("products", "attention", "rest")
+        }
+        for label, own in turns.items()
+    }
+
+
+def _spent(run: Callable[[], object]) -> Counter[str]:
     from torch.profiler import ProfilerActivity
 
-    ids = torch.arange(options.prompt)[None] % 1000 + 1
-    found = {}
-    for label, folder in directories(options).items():
-        model = opened(folder)
-        with torch.inference_mode():
-            model(ids, use_cache=False)
-            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
-                for _ in range(options.repeats):
-                    model(ids, use_cache=False)
-        spent: Counter[str] = Counter()
-        for event in profiler.key_averages():
-            spent[_part(event.key)] += event.self_cpu_time_total / 1e3 / options.repeats
-        found[label] = {name: round(spent[name], 2) for name in ("products", "attention", "rest")}
-    return found
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler,
+    ):
+        run()
+    spent: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        spent[_part(event.key)] += event.self_cpu_time_total / 1e3
+    return spent
 
 
 def _part(operator: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from delivered import SMOLLM2
+from delivered import SMOLLM2, by_recipe
 from transformers import AutoTokenizer
 
 import prunec
@@ -43,20 +43,24 @@ def test_forms(directory: Path, tmp_path: Path, form: str, said: str) -> None:
 
 
 @llama_cpp
-def test_q8_0_is_within_a_percent_of_f32(directory: Path, tmp_path: Path) -> None:
-    """Perplexity in llama.cpp, of the same text."""
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_q8_0_is_within_a_percent_of_f32(tmp_path: Path, ratio: float) -> None:
+    """Perplexity in llama.cpp of text that was not calibrated on, by a model that can read it."""
+    directory = by_recipe(ratio, data("calib/c4.utf8"), tmp_path)
     found = {}
     for kind in ("f32", "q8_0"):
         out = tmp_path / f"{kind}.gguf"
         prunec.export(directory, "gguf", out, settings={"type": kind})
         found[kind] = perplexity(out, directory)
+    assert found["f32"] < 500
     assert found["q8_0"] == pytest.approx(found["f32"], rel=0.01)
 
 
 def perplexity(file: Path, directory: Path) -> float:
     import llama_cpp
 
-    tokens = AutoTokenizer.from_pretrained(directory)(text())["input_ids"]
+    text = data("wikitext-2/valid.tokenised.txt").read_text(encoding="utf-8")[:20_000]
+    tokens = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
     engine = llama_cpp.Llama(
         str(file), n_ctx=WINDOW, n_batch=WINDOW, n_ubatch=WINDOW, logits_all=True, verbose=False
     )
@@ -70,9 +74,8 @@ def perplexity(file: Path, directory: Path) -> float:
     return float(torch.stack(losses).mean().exp())
 
 
-def text() -> str:
-    data = Path(os.environ.get("PRUNEC_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    file = data / "text" / "wikitext-2" / "valid.tokenised.txt"
-    if not file.is_file():
+def data(name: str) -> Path:
+    folder = Path(os.environ.get("PRUNEC_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not (folder / "text" / name).is_file():
         pytest.skip("the shared test data is absent: set PRUNEC_DATA to its folder")
-    return file.read_text(encoding="utf-8")[:20_000]
+    return folder / "text" / name
