@@ -57,7 +57,7 @@ def main() -> None:
         if name not in table or name in options.again:
             table[name] = measure()
             print("written:", write("latency", tables), name, file=sys.stderr, flush=True)
-    print(markdown(table))
+    print(markdown(table), parts(table), sep="\n\n")
 
 
 def cells(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
@@ -305,6 +305,22 @@ def markdown(table: dict[str, Any]) -> str:
                     f"{row['memory_bytes'] / 1e6:,.0f} MB",
                 ]
             )
+    return _joined(lines)
+
+
+def parts(table: dict[str, Any]) -> str:
+    """What the time of an eager prefill goes to, and how much of the dense model's is left."""
+    found = table.get("profile", {})
+    lines = [["part", *found], [":--", *["--:"] * len(found)]]
+    for name in next(iter(found.values()), {}):
+        whole = found["dense"][name]
+        left = (f", {row[name] / whole:.0%}" * (label != "dense") for label, row in found.items())
+        shown = zip(found.values(), left, strict=True)
+        lines.append([name, *(f"{row[name]:,.0f} ms{part}" for row, part in shown)])
+    return _joined(lines)
+
+
+def _joined(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -82,3 +82,4 @@ def test_the_docs_show_what_was_measured(latency: ModuleType) -> None:
     assert tables
     for table in tables.values():
         assert latency.markdown(table) in text
+        assert latency.parts(table) in text
