@@ -18,10 +18,9 @@ MODULES = {
     "lm-eval": "lm_eval",
     "peft": "peft",
     "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
 }
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
-ENGINES = (*MODULES, *PROGRAMS)
+ENGINES = ("llama-cpp-python", "onnxruntime", "chromium", "lm-eval", "peft", "bitsandbytes")
 
 
 def present(engine: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -65,8 +66,12 @@ def test_what_stands_is_not_measured_again(
         latency.main()
         return list(measured)
 
+    def measure(name: str) -> dict[str, object]:
+        measured.append(name)
+        return {}
+
     def cells(_: object) -> dict[str, object]:
-        return {name: lambda name=name: measured.append(name) for name in ("ideal", "profile")}
+        return {name: partial(measure, name) for name in ("ideal", "profile")}
 
     monkeypatch.setattr(latency, "cells", cells)
     assert run("--markdown") == []

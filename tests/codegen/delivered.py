@@ -21,12 +21,10 @@ import prunec
 from prunec.calibration import calibrate
 from prunec.models import open_model
 from prunec.passes.depth import drop
-from prunec.passes.plan import Plan
 
 TINY = ("tiny", "tiny, skipped")
 # Of the blocks' parameters -> the parts of its FFN that a layer keeps.
 SMOLLM2 = {"smollm2 -20%": (0.97, 1.0), "smollm2 -50%": (0.37, 0.8)}
-DROPPED = ("model.layers.7/attention", "model.layers.12/mlp")
 
 
 def deliver(name: str, folder: Path) -> Path:
@@ -35,16 +33,16 @@ def deliver(name: str, folder: Path) -> Path:
         dropped = ("model.layers.0/attention", "model.layers.2/mlp") if name != "tiny" else ()
         return pruned(_tiny(), _tokens(), dropped, {}, folder, tokenizer=tiny_tokenizer())
     source = open_model("smollm2")
+    dropped = ("model.layers.7/attention", "model.layers.12/mlp")
     parts = {"ffn_channel": SMOLLM2[name]}
-    return pruned(source.model, source.example, DROPPED, parts, folder, tokenizer=source.tokenizer)
+    return pruned(source.model, source.example, dropped, parts, folder, tokenizer=source.tokenizer)
 
 
 def by_recipe(ratio: float, text: Path, folder: Path) -> Path:
-    """SmolLM2 as above, but by the recipe slimgpt on a text, so that it can still read."""
+    """SmolLM2 by the recipe slimgpt on a text, so that it can still read."""
     source = open_model("smollm2")
     calibration = calibrate([str(text)], source.tokenizer, samples=16, seq_len=512)
-    rest = prunec.apply_plan(source.model, Plan(dropped=DROPPED), example=source.example).model
-    result = prunec.prune(rest, recipe="slimgpt", ratio=ratio, calibration=calibration)
+    result = prunec.prune(source.model, recipe="slimgpt", ratio=ratio, calibration=calibration)
     result.save(folder / "pruned", tokenizer=source.tokenizer)
     return folder / "pruned"
 

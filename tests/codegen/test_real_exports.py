@@ -52,7 +52,7 @@ def test_q8_0_is_within_a_percent_of_f32(tmp_path: Path, ratio: float) -> None:
         out = tmp_path / f"{kind}.gguf"
         prunec.export(directory, "gguf", out, settings={"type": kind})
         found[kind] = perplexity(out, directory)
-    assert found["f32"] < 500
+    assert found["f32"] < 1000
     assert found["q8_0"] == pytest.approx(found["f32"], rel=0.01)
 
 
