@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,20 +13,27 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_out_of_core import module, vectors
-from tiny_model import write_tiny_llama
+from test_out_of_core import batches, module, vectors
+from tiny_model import TEXT, tiny_llama, tiny_tokenizer, write_tiny_llama
 
+import prunec
+from prunec.calibration import calibrate
 from prunec.errors import PrunecError
+from prunec.evaluation.page.record import read_case
 from prunec.events import silent
 from prunec.graph.coupling import couple
+from prunec.graph.selection import Selection
 from prunec.graph.trace import trace
 from prunec.models import open_model
 from prunec.models.checkpoint import check_weights, safetensors_names
 from prunec.models.dequantise import dequantised
+from prunec.models.pretrained import open_tokenizer_in
 from prunec.models.quiet import quiet
 from prunec.passes.checkpoint import Decision, Journal, opened_journal
-from prunec.passes.plan import Plan
+from prunec.passes.plan import GroupKeep, Plan
 from prunec.passes.recipe import load_recipe, recipe_names
+from prunec.passes.sites import find_sites
+from prunec.passes.statistics.scores import Origin, Shelf
 
 OTHERS = [None, True, 0, -1, 2**70, 1.5, float("nan"), "", "../../x", "/etc/passwd", [], {}, [[]]]
 
@@ -79,18 +87,37 @@ def nothing_outside(folder: Path) -> Iterator[None]:
     assert {path for path in folder.parent.rglob("*") if folder not in path.parents} == before
 
 
+class Hangs(BaseException):
+    """Nobody may take it for a failure of his own."""
+
+
+@contextmanager
+def no_hang(seconds: int) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise Hangs
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def attack(file: Path, read: Callable[[], object], count: int, seed: int = 0) -> None:
     """Read a file mutated `count` times; each read may fail in our way only."""
     content, draw, refused = file.read_bytes(), random.Random(seed), 0
     with nothing_outside(file.parent):
         for number in range(count):
-            bad = mutated(content, draw)
+            bad = mutated(content, draw) if number else b"[" * 100_000
             file.write_bytes(bad)
             try:
-                read()
+                with no_hang(60):
+                    read()
             except PrunecError:
                 refused += 1
-            except Exception as error:
+            except BaseException as error:  # a panic of Rust is no Exception
                 raise AssertionError(f"mutation {number} of {file.name}: {bad[:400]!r}") from error
     file.write_bytes(content)
     assert refused
@@ -103,7 +130,12 @@ COUNTS = {
     "plan": (60, 2000),
     "recipe": (40, 1500),
     "progress": (20, 500),
+    "scores": (20, 500),
+    "record": (20, 500),
+    "rows": (20, 500),
+    "tokenizer": (20, 500),
     "config": (15, 300),
+    "pruned": (10, 200),
     "gguf": (10, 300),
     "quantised": (40, 500),
 }
@@ -140,18 +172,9 @@ def _index(folder: Path) -> Case:
 def _plan(folder: Path) -> Case:
     coupling = couple(trace(module(), vectors()[0]))
     plan = folder / "plan.json"
-    from prunec.graph.selection import Selection
-
     plan.write_text(json.dumps(Plan.of(coupling, Selection()).to_json()))
 
-    def read() -> None:
-        try:
-            data = json.loads(plan.read_text(encoding="utf-8"))
-        except ValueError:
-            raise PrunecError("not JSON") from None  # as the command line says it
-        Plan.from_json(data).selection(coupling)
-
-    return plan, read
+    return plan, lambda: Plan.read(plan).selection(coupling)
 
 
 def _recipe(folder: Path) -> Case:
@@ -172,6 +195,62 @@ def _progress(folder: Path) -> Case:
         journal.record(0, Decision(3, (0.0, 3.0), 0.1, {}, {"weight": torch.ones(3)}))
     (file,) = folder.glob("0000-*")
     return file, lambda: Journal(folder).recall(0)
+
+
+def _scores(folder: Path) -> Case:
+    saved, recipe = folder / "scores", load_recipe("slimgpt")
+    parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
+    coupling = couple(trace(module(), vectors()[0]))
+    sites, _ = find_sites(coupling, recipe.units)
+    prunec.prune(module(), recipe=recipe, ratio=0.25, calibration=vectors(), scores=saved)
+    origin = Origin.of(module(), *parts, None, [])
+
+    def read() -> None:
+        scores = Shelf(saved).saved
+        assert scores is not None
+        scores.check(origin, sites, ["input_gram"])
+        scores.take(sites[0])
+        scores.curve(sites[0])
+
+    read()
+    return saved / "scores.json", read
+
+
+def _record(folder: Path) -> Case:
+    coupling = couple(trace(module(), vectors()[0]))
+    kept = {"0.up/ffn_channel": 8}
+    record = {"report": {"sites": [{"name": "0.down", "kept": kept}]}, "recipe": None}
+    (folder / "plan.json").write_text(json.dumps(Plan.of(coupling, Selection()).to_json()))
+    file = folder / "prunec.json"
+    file.write_text(json.dumps(record))
+    return file, lambda: read_case(folder)
+
+
+def _rows(folder: Path) -> Case:
+    tokenizer = tiny_tokenizer()
+    file = folder / "rows.jsonl"
+    rows = [{"text": TEXT}, {"instruction": "Add.", "input": "1 2", "output": "3"}, {"text": "x"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file, lambda: calibrate([str(file)], tokenizer, samples=2, seq_len=8)
+
+
+def _tokenizer(folder: Path) -> Case:
+    tiny_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    return file, lambda: open_tokenizer_in(folder, trust_remote_code=False)
+
+
+def _pruned(folder: Path) -> Case:
+    """The config of a directory whose class prunec generated."""
+    with quiet():
+        model = tiny_llama()
+        sizes = {g.name: g.size for g in couple(trace(model, batches(1)[0])).groups}
+        name = next(name for name in sizes if name.endswith("ffn_channel"))
+        plan = Plan({name: GroupKeep(sizes[name], {(): tuple(range(40))})})
+        prunec.apply_plan(model, plan, example=batches(1)[0]).model.save_pretrained(folder)
+    file = folder / "config.json"
+    assert "prunec" in json.loads(file.read_text())
+    return file, lambda: open_model(str(folder), load_pruned=prunec.load)
 
 
 def _config(folder: Path) -> Case:
@@ -220,6 +299,11 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "plan": _plan,
     "recipe": _recipe,
     "progress": _progress,
+    "scores": _scores,
+    "record": _record,
+    "rows": _rows,
+    "tokenizer": _tokenizer,
+    "pruned": _pruned,
     "config": _config,
     "gguf": _gguf,
     "quantised": _quantised,

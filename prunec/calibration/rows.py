@@ -20,6 +20,7 @@ from prunec.calibration.sources import DataSource
 from prunec.calibration.text import read_text, tokenise
 from prunec.errors import CalibrationError
 from prunec.events import Progress, silent
+from prunec.models.checkpoint import NO_JSON
 
 Row = Mapping[str, Any]
 
@@ -90,7 +91,7 @@ def _read_rows(path: Path) -> list[Row]:
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except NO_JSON as error:
             raise CalibrationError(f"{path.name} is not JSON: {error}", where=str(path)) from error
     else:
         rows = [
@@ -110,7 +111,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except NO_JSON as error:
         raise CalibrationError(f"{where} is not JSON: {error}", where=where) from error
 
 

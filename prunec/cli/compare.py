@@ -250,13 +250,14 @@ def _draw(screen: Screen, source: Source, missing: list[str]) -> list[Picture]:
 def _read_figures(path: Path | None) -> dict[str, Evaluation]:
     """Evaluations by model, from the JSON of prunec eval."""
     from prunec.evaluation import Evaluation
+    from prunec.models.checkpoint import NO_JSON
 
     if path is None:
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {entry["model"]: Evaluation.from_json(entry) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *NO_JSON, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"cannot read the evaluation {path}: {error}",
             fix="give what `prunec eval ... --json FILE` wrote",

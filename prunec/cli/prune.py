@@ -298,9 +298,10 @@ def _recipe(
 def _read_plan(path: Path) -> Plan:
     """A plan by itself, or the one inside a --json report."""
     from prunec import Plan
+    from prunec.models.checkpoint import NO_JSON
 
     try:
         data = jsons.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_JSON) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     return Plan.from_json(data.get("plan", data) if isinstance(data, dict) else data)

@@ -20,7 +20,7 @@ from prunec.errors import ModelError, PlanError, PrunecError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
-from prunec.models.checkpoint import PICKLES, check_weights
+from prunec.models.checkpoint import NO_JSON, PICKLES, check_weights
 from prunec.models.digest import file_digest
 from prunec.models.quiet import quiet
 from prunec.passes.plan import Plan
@@ -102,7 +102,7 @@ def record(source: ModelDirectory) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except NO_JSON as error:
         raise ModelError(f"{RECORD} is not valid JSON: {error}") from error
     return found if isinstance(found, dict) else {}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from prunec.codegen.generated import FORMAT, pruned_class
 from prunec.errors import ModelError
-from prunec.models.pretrained import refuse_missing
+from prunec.models.checkpoint import NO_JSON
+from prunec.models.pretrained import as_model_errors, refuse_missing
 
 _HUB = (
     "cache_dir",
@@ -37,13 +38,15 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     import transformers
 
     config = read_config(Path(directory))
-    name = str(next(iter(config.get("architectures") or [""]))).removeprefix("Prunec")
+    named = config.get("architectures")
+    name = str(named[0] if isinstance(named, list) and named else named).removeprefix("Prunec")
     found = getattr(transformers, name, None)
     if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no model class {name!r}", where=str(directory))
     cls: Any = found
     made = pruned_class(cls) if is_pruned(config) else cls
-    model, info = made.from_pretrained(str(directory), output_loading_info=True, **kwargs)
+    with as_model_errors(Path(directory)):
+        model, info = made.from_pretrained(str(directory), output_loading_info=True, **kwargs)
     refuse_missing(model, info, Path(directory))
     return model.eval()
 
@@ -56,7 +59,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *NO_JSON) as error:
         raise ModelError(f"no readable config.json: {error}", where=str(directory)) from error
     if not isinstance(config, dict):
         raise ModelError("config.json holds no JSON object", where=str(directory))

@@ -13,8 +13,8 @@ from prunec.codegen.fields import ConfigFields
 from prunec.codegen.hf import save
 from prunec.codegen.modeling_prunec import Pruned
 from prunec.codegen.shrink import Shrunk
-from prunec.errors import ModelError
 from prunec.events import Progress, silent
+from prunec.models.checkpoint import read_json
 from prunec.models.example import example_inputs
 
 # of the process that writes, not of the pruning
@@ -25,15 +25,12 @@ def read_record(directory: Path) -> dict[str, Any]:
     """What prunec.json and plan.json of a directory say; empty for one that prunec did not write.
 
     Raises:
-        ModelError: a file that is not JSON.
+        ModelError: a file that is no JSON object.
     """
     record: dict[str, Any] = {}
     for name, path in (("", directory / "prunec.json"), ("plan", directory / "plan.json")):
         if path.is_file():
-            try:
-                read = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ModelError(f"{path.name} is damaged: {error}", where=str(path)) from error
+            read = read_json(path)
             record |= {name: read} if name else read
     return record
 

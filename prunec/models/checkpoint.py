@@ -12,6 +12,7 @@ from prunec.errors import ModelError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"})
+NO_JSON = (ValueError, RecursionError)  # no text, no JSON, or nested without end
 _HEADER_LIMIT = 100_000_000  # safetensors refuses longer headers, too
 
 
@@ -65,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot read {path.name}: {error.strerror}", where=str(path)) from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except NO_JSON as error:
         raise ModelError(f"{path.name} is not valid JSON: {error}", where=str(path)) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path.name} does not hold a JSON object", where=str(path))
@@ -78,7 +79,7 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
     if not isinstance(placement, dict) or not placement:
         raise ModelError(f"{INDEX} has no weight_map", where=str(index))
     for name in placement.values():
-        if not _is_shard_name(name):
+        if not is_inside(name):
             raise ModelError(
                 f"{INDEX} names a file that is not one of its directory: {str(name)[:80]!r}",
                 where=str(index),
@@ -100,8 +101,8 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
     return shards
 
 
-def _is_shard_name(name: object) -> bool:
-    """Whether it names a safetensors file of the index's own directory."""
+def is_inside(name: object) -> bool:
+    """Whether an index names a safetensors file of its own directory."""
     named = isinstance(name, str) and name.endswith(".safetensors")
     return named and not set(str(name)) & set("/\\\0")
 
@@ -109,7 +110,7 @@ def _is_shard_name(name: object) -> bool:
 def _header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except NO_JSON as error:
         raise _corrupt(path, "its safetensors header cannot be read") from error
     if not isinstance(header, dict):
         raise _corrupt(path, "its safetensors header cannot be read")

@@ -66,7 +66,7 @@ def open_directory(directory: Path, opening: Opening) -> nn.Module:
         return build(config, directory, opening)
     check_weights(directory)
     entry = _entry(config, opening)
-    with _opening(directory), quiet():
+    with as_model_errors(directory), quiet():
         model, found = entry.load(
             str(directory),
             config=config,
@@ -93,7 +93,7 @@ def open_stored(directory: Path, opening: Opening) -> tuple[nn.Module, Store]:
     files = check_weights(directory)
     entry = _entry(config, opening)
     shapes = {name: tensor for path in files for name, tensor in tensor_shapes(path).items()}
-    with _opening(directory), quiet():
+    with as_model_errors(directory), quiet():
         model, found = entry.load(
             None,
             config=config,
@@ -139,7 +139,7 @@ def build(config: PreTrainedConfig, where: Path, opening: Opening) -> nn.Module:
     """A model from its config: `opening.weights` "random" draws them (seed 0), else meta."""
     entry = _entry(config, opening)
     dtype = opening.dtype or config.dtype or torch.float32
-    with _opening(where), quiet(), torch.random.fork_rng():
+    with as_model_errors(where), quiet(), torch.random.fork_rng():
         torch.manual_seed(0)
         if opening.weights == "random":
             return _typed(entry.create(config)).to(dtype)
@@ -171,7 +171,7 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
             where=str(path),
             fix=fix,
         )
-    with _opening(path), quiet():
+    with as_model_errors(path), quiet():
         config = AutoConfig.from_pretrained(
             str(path.parent if path.name == "config.json" else path),
             trust_remote_code=opening.trust_remote_code,
@@ -214,10 +214,15 @@ def open_tokenizer_in(directory: Path, *, trust_remote_code: bool) -> Any | None
     """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    with _opening(directory, "the tokenizer"), quiet():
-        return AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+    try:
+        with as_model_errors(directory, "the tokenizer"), quiet():
+            return AutoTokenizer.from_pretrained(
+                str(directory), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:
+        if type(error) is not Exception:  # which tokenizers raises for what it cannot read
+            raise
+        raise _not_opened(directory, "the tokenizer", error) from error
 
 
 @dataclass(frozen=True)
@@ -307,11 +312,14 @@ def _typed(model: Any) -> nn.Module:
 
 
 @contextmanager
-def _opening(where: Path, what: str = "the model") -> Iterator[None]:
+def as_model_errors(where: Path, what: str = "the model") -> Iterator[None]:
+    """Raise ModelError for whatever transformers raises when it cannot open something."""
     try:
         yield
     except OPENING_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"transformers cannot open {what}: {lines[0]}", where=str(where)
-        ) from error
+        raise _not_opened(where, what, error) from error
+
+
+def _not_opened(where: Path, what: str, error: Exception) -> ModelError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(f"transformers cannot open {what}: {lines[0]}", where=str(where))

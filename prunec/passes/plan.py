@@ -15,6 +15,7 @@ from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim
 from prunec.graph.selection import Keep, Selection
+from prunec.models.checkpoint import NO_JSON
 
 FORMAT = 1
 
@@ -84,7 +85,7 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, *NO_JSON) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         return cls.from_json(data)
 

@@ -200,7 +200,7 @@ def load_recipe(name: str) -> Recipe:
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise PlanError(f"the recipe is not YAML: {error}", where=where) from error
 
 

@@ -152,7 +152,7 @@ def load_recovery(name: str) -> Recovery:
         raise PlanError(f"no recovery method or recipe {name!r}", fix=f"there are: {names}")
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise PlanError(f"the recipe is not YAML: {error}", where=name) from error
     if not isinstance(data, dict):
         raise PlanError("a recovery recipe is a mapping of settings", where=name)

@@ -18,7 +18,6 @@ from prunec.codegen.exporters.traced import Traced, trace_dynamic
 from prunec.codegen.load import load, read_config
 from prunec.errors import ModelError
 from prunec.models import example_inputs
-from prunec.models.pretrained import OPENING_ERRORS
 
 T = TypeVar("T")
 _TABLES = ("shapes", "added", "attrs", "skip")
@@ -91,11 +90,7 @@ class ModelDirectory:
     def model(self) -> nn.Module:
         """The model, in eval mode."""
         typed = {} if self.dtype is None else {"dtype": self.dtype}
-        try:
-            model: nn.Module = load(self.path, **typed).requires_grad_(False)
-        except OPENING_ERRORS as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelError(f"it does not open: {reason}", where=str(self.path)) from error
+        model: nn.Module = load(self.path, **typed).requires_grad_(False)
         align(model)  # as the engine's process does: its addresses decide the last bits
         return model
 

@@ -61,7 +61,7 @@ def read_case(directory: Path, *, measured: Measured | None = None) -> Case:
     """The record of a directory that prunec wrote.
 
     Raises:
-        ModelError: prunec did not write it.
+        ModelError: prunec did not write it, or not so.
     """
     record = read_record(directory)
     if "report" not in record and "recovery" not in record:
@@ -71,9 +71,13 @@ def read_case(directory: Path, *, measured: Measured | None = None) -> Case:
             fix="name the OUT of prunec prune or prunec recover",
         )
     name = directory.resolve().name
-    plan = (record.get("plan") or {}).get("groups", {})
-    sites = (record.get("report") or {}).get("sites", [])
-    return Case(name, str(directory), record, measured or Measured(name), _kept(plan, sites))
+    try:
+        plan = (record.get("plan") or {}).get("groups", {})
+        sites = (record.get("report") or {}).get("sites", [])
+        kept = _kept(plan, sites)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"prunec.json or plan.json is damaged: {error}", where=name) from error
+    return Case(name, str(directory), record, measured or Measured(name), kept)
 
 
 def _kept(

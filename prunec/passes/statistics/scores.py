@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from prunec.importance.blocks import joined, plain_name
 from prunec.importance.curves import Criterion, Removal, RemovalCurve
 from prunec.importance.gradients import GRADIENT_STATISTICS
 from prunec.importance.problem import SiteProblem
+from prunec.models.checkpoint import NO_JSON, is_inside
 from prunec.models.digest import state_digest
 from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
@@ -124,14 +126,14 @@ class Scores:
                 held = ", ".join(self._groups[site.name])
                 raise self._refused("are of other units", f"{held}, and now {', '.join(groups)}")
         for site in sites[:1]:
-            with self._open(site) as file:
+            with self._reading(site) as file:
                 kept = {plain_name(key) for key in file.keys()}  # noqa: SIM118
             if missing := sorted(set(names) - kept):
                 raise self._refused("lack what this compensation reads", ", ".join(missing))
 
     def take(self, site: Site) -> Statistics:
         """The statistics of a site of the dense model, fp64."""
-        with self._open(site) as file:
+        with self._reading(site) as file:
             keys = [key for key in file.keys() if not key.startswith("curve.")]  # noqa: SIM118
             return {key: file.get_tensor(key).double() for key in keys}
 
@@ -146,23 +148,25 @@ class Scores:
 
     def curve(self, site: Site) -> RemovalCurve:
         """The removal curve of a site of the dense model, down to its minimum."""
-        with self._open(site) as file:
+        with self._reading(site) as file:
             group, units, loss, parameters = (
                 file.get_tensor(f"curve.{part}").numpy()
                 for part in ("group", "units", "loss", "parameters")
             )
-        names = self._groups[site.name]
-        removals = tuple(
-            Removal(names[g], tuple(row[row > _ABSENT].tolist()))
-            for g, row in zip(group, units, strict=True)
-        )
-        return RemovalCurve(removals, loss, parameters)
+            names = self._groups[site.name]
+            removals = tuple(
+                Removal(names[g], tuple(row[row > _ABSENT].tolist()))
+                for g, row in zip(group, units, strict=True)
+            )
+            return RemovalCurve(removals, loss, parameters)
 
-    def _open(self, site: Site) -> Any:
+    @contextmanager
+    def _reading(self, site: Site) -> Iterator[Any]:
         path = self.directory / self._files[site.name]
         try:
-            return safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"cannot read the scores: {error}", where=str(path), fix="score again"
             ) from error
@@ -271,17 +275,23 @@ def _open_scores(directory: Path) -> Scores:
                 where=str(directory),
                 fix="remove them to score again",
             )
+        files = {site: found["file"] for site, found in index["sites"].items()}
+        if not all(map(is_inside, files.values())):
+            raise ValueError("the index names a file that is not one of its directory")
         with safe_open(directory / _EXAMPLE, "pt") as file:
             example = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Scores(
             directory=directory,
             origin=Origin(**index["origin"]),
-            calibration=index["calibration"],
+            calibration=dict(index["calibration"]),
             example=example,
-            _files={site: found["file"] for site, found in index["sites"].items()},
-            _groups={site: found["groups"] for site, found in index["sites"].items()},
+            _files=files,
+            _groups={
+                site: [str(name) for name in found["groups"]]
+                for site, found in index["sites"].items()
+            },
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, *NO_JSON, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"no scores can be read: {error}",
             where=str(directory),
