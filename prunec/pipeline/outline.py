@@ -14,8 +14,8 @@ from prunec.passes.allocation.uniform import Allocation, Uniform
 from prunec.passes.recipe import Recipe
 from prunec.passes.sites import Skipped, find_sites
 from prunec.passes.statistics.prior import reads_no_input
-from prunec.passes.targets.budget import block_budget
 from prunec.passes.targets.goal import Goal, block_parameters
+from prunec.passes.targets.question import block_budget
 from prunec.passes.targets.target import Target
 
 

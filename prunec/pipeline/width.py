@@ -26,9 +26,10 @@ from prunec.passes.slice import Weights, weights_of
 from prunec.passes.statistics.dense import dense_sites
 from prunec.passes.statistics.prior import prior_statistics, reads_no_input
 from prunec.passes.statistics.scores import Origin, Scores, Shelf
-from prunec.passes.targets.budget import Budget, block_budget
+from prunec.passes.targets.budget import Budget
 from prunec.passes.targets.goal import Goal
 from prunec.passes.targets.latency import paired_ratio
+from prunec.passes.targets.question import block_budget
 from prunec.pipeline.deliver import Outcome
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run, described

@@ -72,6 +72,14 @@ def assert_exact(coupling: CouplingGraph, *, at_least: int = 1) -> None:
     assert sum(not check.vacuous for check in checks) >= at_least, checks
 
 
+def checked(module: nn.Module, example: Tensor) -> str:
+    """The groups of a module as text, after both oracles passed on each."""
+    coupling = coupled(module, example)
+    if coupling.groups:
+        assert_exact(coupling)
+    return describe(coupling)
+
+
 def kinds(coupling: CouplingGraph) -> dict[str, int]:
     found: dict[str, Any] = {}
     for group in coupling.groups:

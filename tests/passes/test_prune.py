@@ -21,7 +21,8 @@ from prunec.passes.recipe import load_recipe
 from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import Weights, slice_program
-from prunec.passes.targets.budget import block_budget, block_parameters
+from prunec.passes.targets.goal import block_parameters
+from prunec.passes.targets.question import block_budget
 
 LENGTH = 24
 

@@ -22,11 +22,12 @@ from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.setup import Setup
 from prunec.passes.sites import find_sites
 from prunec.passes.slice import Weights, slice_program
-from prunec.passes.targets.budget import Budget, block_budget, block_parameters
+from prunec.passes.targets.budget import Budget
 from prunec.passes.targets.constraints import Constraints, hardware
 from prunec.passes.targets.costs import Flops, KvCache, Memory, Parameters
-from prunec.passes.targets.goal import Goal, amount
+from prunec.passes.targets.goal import Goal, amount, block_parameters
 from prunec.passes.targets.latency import LatencyMeasure, paired_ratio
+from prunec.passes.targets.question import block_budget
 from prunec.passes.targets.target import Target, chosen_target
 
 
