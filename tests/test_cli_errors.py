@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from tiny_model import TEXT, write_tiny_llama
 from typer.testing import CliRunner
 
 from prunec.cli.app import app
+from prunec.staging import lock
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,32 @@ def prune(*arguments: str, model: str = "model") -> tuple[str, ...]:
 
 def test_an_absent_model(work: Path) -> None:
     assert refused(work, *prune(model="./absent")).startswith("no such model: ./absent\n")
+
+
+def test_a_second_run_to_the_same_place(work: Path) -> None:
+    """It is told at once, and takes nothing from the first."""
+    progress = work / ".out.progress"
+    progress.mkdir()
+    (progress / ".lock").touch()
+    (progress / "0000-of-the-first.safetensors").touch()
+    held = lock(progress / ".lock")
+    assert held is not None
+    try:
+        assert refused(work, *prune("--overwrite")).startswith("another run is writing here\n")
+    finally:
+        os.close(held)
+
+
+def test_too_little_memory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunec.prune", lambda *_, **__: torch.empty(2**50))
+    assert refused(work, *prune()).startswith("there is not enough memory\n")
+
+
+def test_a_template_of_a_chat_that_would_be_written_elsewhere(work: Path) -> None:
+    path = work / "model" / "tokenizer_config.json"
+    templates = [{"name": "../../evil", "template": "x"}, {"name": "default", "template": "y"}]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+    assert "'../../evil', which is no name of a file" in refused(work, *prune())
 
 
 def test_a_directory_with_no_weights(work: Path) -> None:

@@ -42,12 +42,27 @@ class _Commands(TyperGroup):
             if error.errno == errno.EPIPE:
                 raise
             _fail(_os_error(error), FAILED)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail(_OUT_OF_MEMORY, FAILED)
 
 
 def _fail(text: str, code: int) -> None:
     sys.stderr.write(text if code == INTERRUPTED else f"error: {text}")
     sys.stderr.write("\n")
     raise SystemExit(code)
+
+
+_OUT_OF_MEMORY = """there is not enough memory
+  so   nothing was written
+  fix  give fewer or shorter samples; prunec prune: add --out-of-core and --activations disk"""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also as torch says it, on the CPU and on a GPU."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or "can't allocate memory" in str(error)
 
 
 def _os_error(error: OSError) -> str:

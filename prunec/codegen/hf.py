@@ -73,7 +73,7 @@ def save(
                 _write(shrunk, folder, max_shard_size)
                 found = _accept(shrunk, folder, auto)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            _write_tokenizer(tokenizer, folder)
         if finish is not None:
             finish(folder)
         _write_metadata(replace(shrunk, checks=(*shrunk.checks, *found)), folder, metadata or {})
@@ -82,6 +82,18 @@ def save(
 def _write(shrunk: Shrunk, folder: Path, max_shard_size: str) -> None:
     with at_hand(shrunk.model, shrunk.stored):
         write_model(shrunk.model, folder, max_shard_size)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"the tokenizer cannot be saved: {error}",
+            where=type(tokenizer).__name__,
+            so="nothing was written",
+            fix="save the result without it",
+        ) from error
 
 
 def _accept(shrunk: Shrunk, folder: Path, auto: str) -> list[str]:

@@ -103,8 +103,12 @@ def _check_shards(directory: Path) -> tuple[Path, ...]:
 
 def is_inside(name: object) -> bool:
     """Whether an index names a safetensors file of its own directory."""
-    named = isinstance(name, str) and name.endswith(".safetensors")
-    return named and not set(str(name)) & set("/\\\0")
+    return is_plain(name) and str(name).endswith(".safetensors")
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name found in a file is that of a file in a given directory, and no path."""
+    return isinstance(name, str) and not set(name) & set("/\\\0")
 
 
 def _header(path: Path, raw: bytes) -> dict[str, Any]:

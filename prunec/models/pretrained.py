@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from prunec.errors import ModelError
 from prunec.events import Progress
-from prunec.models.checkpoint import check_weights, read_json
+from prunec.models.checkpoint import check_weights, is_plain, read_json
 from prunec.models.packed import FORMATS, quantisation
 from prunec.models.quiet import quiet
 from prunec.models.store import Store, tensor_shapes
@@ -216,13 +216,23 @@ def open_tokenizer_in(directory: Path, *, trust_remote_code: bool) -> Any | None
         return None
     try:
         with as_model_errors(directory, "the tokenizer"), quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 str(directory), trust_remote_code=trust_remote_code, local_files_only=True
             )
     except Exception as error:
         if type(error) is not Exception:  # which tokenizers raises for what it cannot read
             raise
         raise _not_opened(directory, "the tokenizer", error) from error
+    templates = getattr(tokenizer, "chat_template", None)
+    for name in templates if isinstance(templates, dict) else ():
+        if not is_plain(name):
+            raise ModelError(
+                f"the tokenizer names a chat template {name!r}, which is no name of a file",
+                where=str(directory),
+                so="it would be written outside of the output directory",
+                fix="take the tokenizer from a source that you trust",
+            )
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,19 @@ def test_refuses_what_exists(tmp_path: Path) -> None:
     assert caught.value.fix == "--overwrite"
 
 
+def test_of_two_writers_the_first_keeps_the_place(tmp_path: Path) -> None:
+    def write(name: str) -> None:
+        with staged(tmp_path / "out") as folder:
+            (folder / "config.json").write_text(name)
+            if name == "late":
+                write("first")
+
+    with pytest.raises(ExportError, match="exists"):
+        write("late")
+    assert entries(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+
+
 def test_refuses_to_replace_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(ExportError, match="something else than a model"):
