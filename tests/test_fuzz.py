@@ -134,7 +134,7 @@ COUNTS = {
     "record": (20, 500),
     "rows": (20, 500),
     "tokenizer": (20, 500),
-    "config": (15, 300),
+    "config": (15, 1000),
     "pruned": (10, 200),
     "gguf": (10, 300),
     "quantised": (40, 500),

@@ -65,8 +65,8 @@ def open_directory(directory: Path, opening: Opening) -> nn.Module:
     if opening.weights != "load":
         return build(config, directory, opening)
     check_weights(directory)
-    entry = _entry(config, opening)
     with as_model_errors(directory), quiet():
+        entry = _entry(config, opening)
         model, found = entry.load(
             str(directory),
             config=config,
@@ -91,9 +91,9 @@ def open_stored(directory: Path, opening: Opening) -> tuple[nn.Module, Store]:
     """
     config = read_config(directory / "config.json", opening)
     files = check_weights(directory)
-    entry = _entry(config, opening)
     shapes = {name: tensor for path in files for name, tensor in tensor_shapes(path).items()}
     with as_model_errors(directory), quiet():
+        entry = _entry(config, opening)
         model, found = entry.load(
             None,
             config=config,
@@ -137,9 +137,9 @@ def open_config(path: Path, opening: Opening) -> nn.Module:
 
 def build(config: PreTrainedConfig, where: Path, opening: Opening) -> nn.Module:
     """A model from its config: `opening.weights` "random" draws them (seed 0), else meta."""
-    entry = _entry(config, opening)
     dtype = opening.dtype or config.dtype or torch.float32
     with as_model_errors(where), quiet(), torch.random.fork_rng():
+        entry = _entry(config, opening)
         torch.manual_seed(0)
         if opening.weights == "random":
             return _typed(entry.create(config)).to(dtype)
@@ -161,7 +161,7 @@ def read_config(path: Path, opening: Opening) -> PreTrainedConfig:
     """
     values = read_json(path)
     _check_depth(values, path)
-    if "model_type" not in values:
+    if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path.name} has no model_type: not a model's config", where=str(path))
     known = values["model_type"] in transformers.CONFIG_MAPPING
     if not known and not (opening.trust_remote_code and "auto_map" in values):
