@@ -31,6 +31,7 @@ from prunec.codegen.reduce import WHOLE, Layers, reduced, representative_layers
 from prunec.codegen.search import Choice, search
 from prunec.codegen.twin import LazyTwin, assemble, padded, redraw
 from prunec.errors import ExportError, VerifyError
+from prunec.graph.memory import release_freed
 from prunec.graph.selection import Sliced
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def fit(
     Raises:
         ExportError: no setting passes, or several that differ.
     """
+    release_freed()
     found = candidates(model, sliced)
     few = WHOLE if reference is not None else representative_layers(model, found)
     if few.kept:

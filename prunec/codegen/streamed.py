@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunec.codegen.twin import assemble, scatter, tensors_of
+from prunec.graph.memory import release_freed, trim_heap
 from prunec.graph.retarget import as_float
 from prunec.graph.selection import Sliced
 
@@ -41,9 +42,14 @@ def at_hand(module: nn.Module, stored: Mapping[str, Tensor] | None) -> Iterator[
     )
     _tie(module, ties)
     vars(module)["hf_device_map"] = {"": "disk"}  # by which save_pretrained sees what to do
+    blocks = [part for part in module.modules() if type(part).__name__ in _blocks(module)]
+    trims = [block.register_forward_hook(lambda *_: trim_heap()) for block in blocks]
+    release_freed()
     try:
         yield module
     finally:
+        for hook in trims:
+            hook.remove()
         remove_hook_from_submodules(module)
         del vars(module)["hf_device_map"]
         _tie(module, ties)
