@@ -69,7 +69,8 @@ def fit(
     Raises:
         ExportError: no setting passes, or several that differ.
     """
-    release_freed()
+    if sliced.stored is not None:  # memory is short: begin without the holes of what came before
+        release_freed()
     found = candidates(model, sliced)
     few = WHOLE if reference is not None else representative_layers(model, found)
     if few.kept:
