@@ -1,8 +1,9 @@
 """Time and GPU memory of a whole prune of a LLaMA-shaped checkpoint on one GPU.
 
 The checkpoint (random weights, bf16, sharded) is written first, and stays in its files: weights
-come to the GPU between two sites, activations wait in memory. Needs this repository and torch with
-CUDA, transformers with accelerate, safetensors, networkx and pyyaml; nothing has to be installed:
+come to the GPU between two sites, activations wait in memory. Needs this repository, which does not
+have to be installed, and torch with CUDA, transformers, safetensors, networkx, and accelerate, with
+which transformers leaves weights in their files:
 
     PYTHONPATH=. python benchmarks/gpu.py --shape 7b --samples 128 --tokens 2048
     PYTHONPATH=. python benchmarks/gpu.py --shape 13b
@@ -14,8 +15,11 @@ results/gpu.json.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     depth = options.depth or {"small": 8, "7b": 32, "13b": 40}[options.shape]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        declare_prunec(Path(folder) / "declared")
         size = write_checkpoint(Path(folder) / "model", SHAPES[options.shape], depth)
         row = measure(Path(folder), options)
     row |= {"shape": options.shape, "depth": depth, "weights_bytes": size}
@@ -43,6 +48,23 @@ def main() -> None:
     show(row)
     kept = [other for other in read("gpu") or [] if other["shape"] != options.shape]
     print("written:", write("gpu", [*kept, row]))
+
+
+def declare_prunec(folder: Path) -> None:
+    """Let prunec, where it is not installed, find its plug-ins as its pyproject.toml names them."""
+    try:
+        version("prunec")
+    except PackageNotFoundError:
+        root = Path(__file__).resolve().parents[1]
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        home = folder / "prunec.dist-info"
+        home.mkdir(parents=True)
+        (home / "METADATA").write_text("Metadata-Version: 2.1\nName: prunec\nVersion: 0\n")
+        lines = []
+        for group, entries in project["entry-points"].items():
+            lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+        (home / "entry_points.txt").write_text("\n".join(lines))
+        sys.path[:0] = [str(root), str(folder)]
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

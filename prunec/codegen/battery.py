@@ -249,7 +249,8 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, wanted, strict=True):
         if b.numel():
-            gap = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
+            a, b = a.double(), b.double().to(a.device)  # of a module and of a graph elsewhere
+            gap = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
             worst = max(worst, float(gap) if torch.isfinite(gap) else float("inf"))
     return worst
 

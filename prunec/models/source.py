@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from prunec.errors import ModelError
 from prunec.events import Progress, silent
+from prunec.graph.memory import free_bytes
 from prunec.models import factory, gguf, hub
 from prunec.models.checkpoint import PICKLES, check_weights, pickled, read_json
 from prunec.models.dequantise import dequantised
@@ -172,8 +172,7 @@ def _stays_stored(path: Path, opening: Opening, asked: bool | None) -> bool:
         return False
     shapes = [t for file in check_weights(path) for t in tensor_shapes(file).values()]
     size = sum(t.numel() * (opening.dtype or t.dtype).itemsize for t in shapes)
-    free = psutil.virtual_memory().available
-    if asked is None and size * _FREE_SHARE > free:
+    if asked is None and size * _FREE_SHARE > (free := free_bytes()):
         opening.progress.message(
             f"the weights take {size / 1e9:.1f} GB, more than 1/{_FREE_SHARE} of the"
             f" {free / 1e9:.1f} GB of free memory: working out of core"
