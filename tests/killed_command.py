@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -55,11 +56,21 @@ class Run:
         return lines[-1].partition(":")[0] if lines else "start"
 
 
-def run(arguments: Sequence[str], log: Path, kill_after: float | None = None) -> Run:
-    """Run ``prunec`` with these arguments, and kill it with SIGKILL after so many seconds."""
+def run(
+    arguments: Sequence[str],
+    log: Path,
+    kill_after: float | None = None,
+    file_limit: int = resource.RLIM_INFINITY,
+) -> Run:
+    """Run ``prunec`` with these arguments.
+
+    Args:
+        kill_after: seconds, after which it is killed with SIGKILL.
+        file_limit: bytes that a file may have, as if the disk were full then.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=_command, args=(list(arguments), str(log)))
+    process = context.Process(target=_command, args=(list(arguments), str(log), file_limit))
     process.start()
     assert process.pid is not None
     started = time.perf_counter()
@@ -75,8 +86,10 @@ def run(arguments: Sequence[str], log: Path, kill_after: float | None = None) ->
     return Run(None if killed else process.exitcode, seconds, said)
 
 
-def _command(arguments: list[str], log: str) -> None:
+def _command(arguments: list[str], log: str, file_limit: int) -> None:
     os.setpgrp()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)

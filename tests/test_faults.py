@@ -13,7 +13,7 @@ from test_out_of_core import module, states, vectors
 from tiny_model import write_tiny_llama
 
 import prunec
-from prunec.errors import CheckpointError, ModelError, PrunecError, VerifyError
+from prunec.errors import CheckpointError, ModelError, PlanError, PrunecError, VerifyError
 from prunec.models import open_model
 from prunec.models.checkpoint import check_weights
 from prunec.models.quiet import quiet
@@ -60,6 +60,21 @@ def test_channels_without_variance_and_singular_grams(recipe: str) -> None:
     except PrunecError:
         return
     assert all(bool(tensor.isfinite().all()) for tensor in result.program.state.values())
+
+
+def test_frozen_parameters_are_pruned_like_others() -> None:
+    """Also by a criterion that differentiates."""
+    plans = []
+    for wanting in (False, True):
+        model = module().requires_grad_(wanting)
+        how = {"recipe": "llm-pruner", "loss": lambda m, x: m(**x).square().mean()}
+        plans.append(prunec.prune(model, ratio=0.25, calibration=vectors(), **how).plan.to_json())
+    assert plans[0] == plans[1]
+
+
+def test_a_model_in_which_nothing_can_be_pruned() -> None:
+    with pytest.raises(PlanError, match="nothing can be pruned in this model"):
+        prunec.prune(torch.nn.Linear(6, 6).eval(), ratio=0.25, calibration=vectors())
 
 
 @pytest.mark.parametrize(

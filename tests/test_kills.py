@@ -1,10 +1,11 @@
-"""`prunec prune` killed at any moment: no partial output, and a resumed run to the same bytes."""
+"""`prunec prune` killed at any moment, or its disk full: no partial output; resumed, the same bytes."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from killed_command import Run, run
@@ -32,14 +33,19 @@ class Place:
         self._log = folder / "log"
         self._before = self._names()
 
-    def prune(self, *options: str, kill_after: float | None = None) -> Run:
+    def prune(self, *options: str, **faults: Any) -> Run:
         at = ["prune", str(self.folder / "model"), "-o", str(self.out), "--ratio", "0.25"]
         text = ["--calibration", str(self.folder / "text"), "--samples", "3", "--seq-len", "12"]
-        return run([*at, *text, *options], self._log, kill_after)
+        return run([*at, *text, *options], self._log, **faults)
+
+    @property
+    def left(self) -> set[str]:
+        """Names of what there is beside the input."""
+        return self._names() - self._before
 
     def take(self) -> dict[str, bytes]:
         """What the output holds, which goes; nothing else must have been left."""
-        assert self._names() == {*self._before, "out"}
+        assert self.left == {"out"}
         found = {path.name: path.read_bytes() for path in self.out.iterdir()}
         for path in self.out.iterdir():
             path.unlink()
@@ -48,8 +54,7 @@ class Place:
 
     def check_hidden(self) -> None:
         """Whatever a killed run has left does not look like a result."""
-        left = self._names() - self._before - {"out"}
-        assert all(name.startswith(".out.") for name in left), left
+        assert all(name.startswith(".out.") for name in self.left - {"out"}), self.left
 
     def _names(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()}
@@ -94,3 +99,14 @@ def test_a_run_killed_at_random_is_resumed_to_the_same_bytes(place: Place, kills
             assert resumed.code == 0, resumed.said
         assert place.take() == content, (number, killed.said)
     assert kills < 100 or met.issuperset(STEPS), met
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(1000, "cannot keep progress"), (30_000, "the file system refuses")]
+)
+def test_a_disk_that_fills_up_on_the_way(place: Place, size: int, said: str) -> None:
+    """The first limit is met by the progress, the second by the weights of the result."""
+    failed = place.prune(file_limit=size)
+    assert failed.code == 2, failed.said
+    assert f"error: {said}" in failed.said
+    assert not place.left

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,16 @@ def test_of_two_writers_the_first_keeps_the_place(tmp_path: Path) -> None:
         write("late")
     assert entries(tmp_path) == ["out"]
     assert (tmp_path / "out" / "config.json").read_text() == "first"
+
+
+def test_a_place_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(ExportError, match="Read-only file system"), staged(tmp_path / "a" / "out"):
+        pass
+    assert entries(tmp_path) == []
 
 
 def test_refuses_to_replace_what_is_no_model(tmp_path: Path) -> None:
