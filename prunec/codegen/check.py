@@ -20,7 +20,7 @@ from prunec.errors import ModelError, PlanError, PrunecError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
-from prunec.models.checkpoint import NO_JSON, PICKLES, check_weights, is_plain
+from prunec.models.checkpoint import NO_JSON, PICKLES, check_weights
 from prunec.models.digest import file_digest
 from prunec.models.quiet import quiet
 from prunec.passes.plan import Plan
@@ -113,7 +113,9 @@ def _hashes(source: ModelDirectory) -> str:
         return "none are recorded"
     for name, digest in wanted.items():
         path = source.path / name
-        if not is_plain(name) or not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(f"{RECORD} names a file that is not one of the directory: {name}")
+        if not path.is_file():
             raise ModelError(f"{name} is missing")
         if file_digest(path) != digest:
             raise ModelError(f"{name} is not the file that prunec wrote", where=str(path))
