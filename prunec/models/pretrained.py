@@ -33,6 +33,7 @@ OPENING_ERRORS = (
     TypeError,
     LookupError,
     AttributeError,
+    ArithmeticError,
     ImportError,
     RuntimeError,
     SafetensorError,
