@@ -104,8 +104,13 @@ class Pruned(nn.Module):
 
     def initialize_weights(self: Any) -> None:
         """As a stock class: of a class that is not its own, transformers leaves out each module
-        without tensors, and some of those fill their children's buffers.
+        without tensors, and some of those fill their children's buffers. What has been loaded is
+        left alone: a stock class may begin with vectors of its config's sizes.
         """
+        for module in self.modules():
+            held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if held and all(getattr(tensor, "_is_hf_initialized", False) for tensor in held):
+                module._is_hf_initialized = True
         self.is_custom_code = lambda: False
         super().initialize_weights()  # type: ignore[misc]
         del self.is_custom_code
