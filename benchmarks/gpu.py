@@ -43,11 +43,11 @@ def main() -> None:
         declare_prunec(Path(folder) / "declared")
         size = write_checkpoint(Path(folder) / "model", SHAPES[options.shape], depth)
         row = measure(Path(folder), options)
-    row |= {"shape": options.shape, "depth": depth, "weights_bytes": size}
-    row |= {name: vars(options)[name] for name in ("samples", "tokens", "recipe")}
-    show(row)
-    kept = [other for other in read("gpu") or [] if other["shape"] != options.shape]
-    print("written:", write("gpu", [*kept, row]))
+        row |= {"shape": options.shape, "depth": depth, "weights_bytes": size}
+        row |= {name: vars(options)[name] for name in ("samples", "tokens", "recipe")}
+        show(row)
+        kept = [other for other in read("gpu") or [] if other["shape"] != options.shape]
+        print("written:", write("gpu", [*kept, row]))
 
 
 def declare_prunec(folder: Path) -> None:
