@@ -269,7 +269,7 @@ def _return_only(graph: fx.Graph, names: set[str]) -> None:
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Drop export's own checks; say modules in the model's own names."""
+    """Drop export's own checks and what no output depends on; say modules in the model's names."""
     for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.startswith(_CHECKS) and not node.users:
@@ -278,5 +278,6 @@ def _clean(graph: fx.Graph) -> None:
         stack = node.meta.get("nn_module_stack") or {}
         paths = [str(path) for path, _ in stack.values()]
         node.meta["module"] = paths[-1].removeprefix("model").removeprefix(".") if paths else ""
-    graph.eliminate_dead_code()
+    # Attention is tagged as random, for its dropout: by default one of an unused layer would stay.
+    graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     graph.lint()

@@ -288,6 +288,26 @@ def test_weights_that_the_forward_does_not_read_are_pinned() -> None:
     assert {pin.reason for pin in unused} == {"the traced forward does not read it"}
 
 
+def test_attention_that_no_output_depends_on_is_no_part_of_the_program() -> None:
+    """As in the vision tower of LLaVA, which runs a layer more than it reads."""
+
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(6, 6)
+            self.unread = nn.Linear(6, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mixed = self.unread(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            nn.functional.scaled_dot_product_attention(mixed, mixed, mixed)
+            return self.read(x)
+
+    program = trace(Unread().eval(), {"x": torch.randn(2, 5, 6)})
+    assert not [node for node in program.graph.nodes if "attention" in node.name]
+    members = {m.parameter for g in couple(program).groups for m in g.members}
+    assert not [name for name in members if name.startswith("unread")]
+
+
 def test_blocks_are_the_outermost_indexed_modules() -> None:
     assert block_of("model.layers.3.mlp.experts.7.up") == "model.layers.3"
     assert block_of("model.embed_tokens.weight") is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_model import VOCABULARY
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prunec.errors import PlanError
 from prunec.graph.cost import flops, parameter_count
@@ -39,7 +39,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 @cache
-def coupled() -> CouplingGraph:
+def coupled(attention: str = "sdpa") -> CouplingGraph:
     """Three blocks of 8 heads in 4 KV groups and 96 channels."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,6 +51,7 @@ def coupled() -> CouplingGraph:
         num_key_value_heads=4,
         tie_word_embeddings=True,
         initializer_range=0.2,
+        attn_implementation=attention,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     return couple(trace(model, batches()[0]))
@@ -118,6 +119,18 @@ def test_a_kv_cache_target_prunes_kv_groups_alone() -> None:
     assert of_kind(pruned, "ffn_channel") == [96, 96, 96]
     # Bytes a token: keys and values of 6 of 12 KV groups of 4 features in fp32.
     assert KvCache(coupled()).whole() == 2 * 12 * 4 * 4
+
+
+def test_a_cache_is_found_where_attention_is_written_out() -> None:
+    """As products around a softmax: with a batch axis, and (Bloom) batches and heads in one."""
+    fused, written = KvCache(coupled()), KvCache(coupled("eager"))
+    assert written.whole() == fused.whole()
+    for site in find_sites(coupled("eager"), ("kv_group",))[0]:
+        (group,) = site.groups
+        assert written.at(site, {group.name: 1}) == written.at(site, {}) / 4
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=24, n_layer=2, n_head=6)
+    bloom = BloomForCausalLM(config).eval().requires_grad_(False)
+    assert KvCache(couple(trace(bloom, batches()[0]))).whole() == 2 * 2 * 24 * 4
 
 
 def test_a_target_between_two_whole_units_says_what_is_reachable() -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from prunec.errors import PlanError
+from prunec.graph.attention import cached
 from prunec.graph.branches import Branch
 from prunec.graph.cost import Counts, flops, node_flops, parameter_count
 from prunec.graph.coupling import CouplingGraph
@@ -124,15 +125,17 @@ class KvCache:
     """
 
     def __init__(self, coupling: CouplingGraph):
-        self._coupling = coupling
+        self._coupling, layout = coupling, coupling.layout
         self._cached = [
-            (call.dims(name), operand.meta["val"].element_size())
-            for node in coupling.program.graph.nodes
-            if _operator(node) == "aten::scaled_dot_product_attention"
-            for call in [coupling.layout.call(node)]
-            for name in ("key", "value")
-            for operand in [call.arg(name)]
+            (held.heads, held.features, held.node.meta["val"].element_size())
+            for held in cached(coupling.program, layout)
         ]
+        self._stored = {
+            leaf.root
+            for dims in layout.parameters.values()
+            for dim in dims
+            for leaf in dim.leaves()
+        }
         if not self._cached:
             raise PlanError(
                 "no attention was found whose keys and values could be cached",
@@ -140,24 +143,23 @@ class KvCache:
             )
 
     def whole(self) -> float:
-        return sum(self._bytes(dims, size, {}) for dims, size in self._cached)
+        return sum(self._bytes(*held, {}) for held in self._cached)
 
     def at(self, site: Site, counts: UnitCounts) -> float:
         kept, own = by_dim(self._coupling, counts), {group.dim.root for group in site.groups}
         return sum(
-            self._bytes(dims, size, kept)
-            for dims, size in self._cached
-            if own & {leaf.root for dim in dims for leaf in dim.leaves()}
+            self._bytes(heads, features, size, kept)
+            for heads, features, size in self._cached
+            if own & {leaf.root for dim in (heads, features) for leaf in dim.leaves()}
         )
 
     def branch(self, site: Site, branch: Branch) -> float:
         return self.at(site, {})
 
-    def _bytes(self, dims: tuple[Dim, ...], element_size: int, kept: Counts) -> int:
-        heads = math.prod(
-            extent(leaf, kept) for leaf in dims[-3].leaves() if not leaf.has("shared")
-        )
-        return heads * extent(dims[-1], kept) * element_size
+    def _bytes(self, heads: Dim, features: Dim, element_size: int, kept: Counts) -> int:
+        own = [leaf for leaf in heads.leaves() if leaf.root in self._stored]  # no batch
+        count = math.prod(extent(leaf, kept) for leaf in own if not leaf.has("shared"))
+        return count * extent(features, kept) * element_size
 
 
 def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None) -> Measure:
@@ -199,7 +201,3 @@ def carriers(coupling: CouplingGraph, site: Site) -> list[fx.Node]:
         if node.op == "call_function"
         and (node in carrying or any(source in carrying for source in node.all_input_nodes))
     ]
-
-
-def _operator(node: fx.Node) -> str:
-    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
