@@ -53,7 +53,7 @@ def outline(
     parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
     sites, skipped = find_sites(coupling, recipe.units, by_weight=reads_no_input(*parts))
     goal = Goal.on(coupling, target)
-    sites = goal.concerned(sites)
+    sites = recipe.constraints.free(goal.concerned(sites))
     allocation: Allocation = recipe.allocation.build("allocation")
     looks = allocation.needs_data
     budget = block_budget(

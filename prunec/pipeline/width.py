@@ -42,8 +42,10 @@ def thin(run: Run) -> Result:
     coupling, sites, skipped = _sites(run)
     setup = _measured(run, coupling, sites)
     goal = Goal.on(coupling, run.aim)
-    setup = replace(setup, sites=goal.concerned(sites))
-    skipped += _left_out(sites, setup.sites, goal)
+    counted = goal.concerned(sites)
+    skipped += _left_out(sites, counted, f"the target ({goal.target}) does not count it")
+    setup = replace(setup, sites=run.recipe.constraints.free(counted))
+    skipped += _left_out(counted, setup.sites, "the constraints keep it whole")
     together = processes()
     journal = opened_journal(
         run.checkpoint if together.first else None, _identity(run, setup), resume=run.resume
@@ -111,12 +113,11 @@ def _sites(run: Run) -> tuple[CouplingGraph, list[Site], list[Skipped]]:
     return coupling, sites, skipped
 
 
-def _left_out(sites: Sequence[Site], kept: Sequence[Site], goal: Goal) -> list[Skipped]:
-    """The groups that a goal does not count."""
-    counted = {group.name for site in kept for group in site.groups}
-    reason = f"the target ({goal.target}) does not count it"
+def _left_out(sites: Sequence[Site], kept: Sequence[Site], reason: str) -> list[Skipped]:
+    """The groups that are among the first sites alone."""
+    staying = {group.name for site in kept for group in site.groups}
     names = [group.name for site in sites for group in site.groups]
-    return [Skipped(name, reason) for name in names if name not in counted]
+    return [Skipped(name, reason) for name in names if name not in staying]
 
 
 def _measured(run: Run, coupling: CouplingGraph, sites: Sequence[Site]) -> Setup:

@@ -64,7 +64,8 @@ def run(
     recipe: Recipe = load_recipe("magnitude").override(settings)
     aim = Target.parse(target) if isinstance(target, str) else target
     goal = Goal.on(coupling, aim)
-    sites = goal.concerned(find_sites(coupling, recipe.units)[0])
+    limits = limits or Constraints()
+    sites = limits.free(goal.concerned(find_sites(coupling, recipe.units)[0]))
     criterion = recipe.importance.build("importance")
     mend = recipe.compensation.build("compensation")
     setup = Setup(coupling, sites, criterion, mend, batches(), Weights(coupling))
@@ -262,6 +263,20 @@ def test_a_group_smaller_than_the_multiple_stays_whole() -> None:
     assert of_kind(pruned, "ffn_channel") == [96, 96, 96]
     with pytest.raises(PlanError, match="cannot be removed"):
         run(0.6, limits=limits, units="ffn_channel")
+
+
+def test_what_tensor_parallelism_keeps_whole_is_not_ranked() -> None:
+    """Of 4 KV groups on 4 devices none can go; query heads of each still can."""
+    limits = hardware("tp=4")
+    sites = limits.free(find_sites(coupled(), ("kv_group", "query_head", "ffn_channel"))[0])
+    assert [group.kind for site in sites for group in site.groups] == [
+        "query_head",
+        "ffn_channel",
+    ] * 3
+    pruned, budget = run(0.3, limits=limits, units="kv_group,query_head,ffn_channel")
+    assert of_kind(pruned, "kv_group") == [4, 4, 4]
+    assert sum(of_kind(pruned, "query_head")) < 6
+    assert abs(budget.rounding) <= 0.05 * budget.goal.remove
 
 
 def test_tensor_parallel_divides_heads_groups_and_widths() -> None:

@@ -149,6 +149,24 @@ class Constraints:
             return both
         return split if group.size % split else group.size
 
+    def free(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites, with those of their groups alone of which some units, not all, may go.
+
+        A KV group that tensor parallelism keeps whole must not be ranked among the query heads: a
+        curve that begins with it would reach no number that is allowed. If there are none, all.
+        """
+        reduced = [
+            replace(site, groups=tuple(g for g in site.groups if not self._stays_whole(g)))
+            for site in sites
+        ]
+        return [site for site in reduced if site.groups] or list(sites)
+
+    def _stays_whole(self, group: Group) -> bool:
+        if group.size < self.tensor_parallel:  # an error, but of a protected layer
+            return False
+        step = self.step(group)
+        return group.size % step == 0 and group.size - step < self.least(group)
+
     def wish(self, group: Group) -> int:
         """What the number of units kept of a group is a multiple of if nothing speaks against it.
 
