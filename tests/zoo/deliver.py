@@ -49,7 +49,7 @@ def deliver(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Rec
     coupling = couple(program)
     offers = sub_layers(coupling)
     shrunk, plan, refused = _smallest(model, coupling, offers, inputs)
-    taken = {path: kinds for path, kinds in _taken(coupling, plan).items() if path in offers}
+    taken = _taken(coupling, plan, offers)
     record: Record = {
         "taken": taken,
         "refused": {path: reason for path, reason in refused.items() if path not in taken},
@@ -87,8 +87,9 @@ def sub_layers(coupling: CouplingGraph) -> dict[str, list[list[Group]]]:
     """Sub-layer (a path with * for numbers) -> the rows of UNITS that it has groups of.
 
     A part of one that has inner dimensions only, such as a fused projection, is no sub-layer of
-    its own. Heads and experts count where layers share them too (by a table of relative
-    positions), and all groups where none lies within one layer (a chain of convolutions).
+    its own: they are the last rows of the one around it. Heads and experts count where layers
+    share them too (by a table of relative positions), and all groups where none lies within one
+    layer (a chain of convolutions).
     """
     free = [group for group in coupling.groups if group.kind != "hidden"]
     shared = ("head", "query_head", "kv_group", "expert")
@@ -100,12 +101,11 @@ def sub_layers(coupling: CouplingGraph) -> dict[str, list[list[Group]]]:
         path: [row for kinds in UNITS if (row := [g for g in groups if g.kind in kinds])]
         for path, groups in found.items()
     }
-    inner = {path for path, rows in offers.items() if rows[0][0].kind not in UNITS[0] + UNITS[1]}
-    return {
-        path: rows
-        for path, rows in offers.items()
-        if not (path in inner and any(path.startswith(f"{other}.") for other in offers))
-    }
+    for path, rows in list(offers.items()):
+        around = [other for other in offers if path.startswith(f"{other}.")]
+        if around and rows[0][0].kind not in UNITS[0] + UNITS[1]:
+            offers[max(around, key=len)] += offers.pop(path)
+    return offers
 
 
 def sub_layer(group: Group) -> str:
@@ -201,7 +201,7 @@ def uneven_plan(coupling: CouplingGraph, groups: Sequence[Group]) -> Plan:
 def _counts(group: Group) -> list[int]:
     """How many may stay: about half and more; whole vectors of 16 bytes where there are many."""
     low = max(1, group.minimum, group.size // 2)
-    counts = list(range(low, group.size))
+    counts = [n for n in range(low, group.size) if n % group.multiple == 0]
     vectors = [n for n in counts if n % 4 == 0]
     return vectors if len(vectors) > 1 else counts
 
@@ -216,12 +216,15 @@ def _rows(
     return rows
 
 
-def _taken(coupling: CouplingGraph, plan: Plan) -> dict[str, dict[str, str]]:
+def _taken(
+    coupling: CouplingGraph, plan: Plan, offers: Mapping[str, Sequence[Sequence[Group]]]
+) -> dict[str, dict[str, str]]:
     """Sub-layer -> kind -> units kept in each of its layers, of how many."""
+    homes = {g.name: path for path, rows in offers.items() for row in rows for g in row}
     found: dict[str, dict[str, str]] = {}
     for name, keep in plan.groups.items():
         group = coupling[name]
-        own = found.setdefault(sub_layer(group), {})
+        own = found.setdefault(homes[name], {})
         before = own[group.kind].partition("/")[0] + " " if group.kind in own else ""
         own[group.kind] = f"{before}{keep.count}/{group.size}"
     return found
