@@ -157,9 +157,12 @@ class KvCache:
         return self.at(site, {})
 
     def _bytes(self, heads: Dim, features: Dim, element_size: int, kept: Counts) -> int:
-        own = [leaf for leaf in heads.leaves() if leaf.root in self._stored]  # no batch
-        count = math.prod(extent(leaf, kept) for leaf in own if not leaf.has("shared"))
-        return count * extent(features, kept) * element_size
+        repeated = {
+            leaf.root: 1  # a batch, or query heads that share their keys
+            for leaf in heads.leaves()
+            if leaf.has("shared") or leaf.root not in self._stored
+        }
+        return extent(heads, {**kept, **repeated}) * extent(features, kept) * element_size
 
 
 def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None) -> Measure:
