@@ -43,7 +43,7 @@ def search(candidates: Sequence[Candidate], judge: Judge, limit: int = LIMIT) ->
         f"no setting of the module's numbers makes it equal to the masked model ({trials} tried)",
         where="; ".join(c.describe(c.options[0]) for c in candidates) or "no number to set",
         so=f"the likeliest setting fails: {first_reason}",
-        fix="leave these groups unpruned, or export a format that needs no Python class",
+        fix="leave these groups unpruned: `--set units=ffn_channel` leaves all heads whole",
     )
 
 

@@ -44,7 +44,7 @@ def test_none_accepted_names_candidates_and_the_first_failure() -> None:
         "no setting of the module's numbers makes it equal to the masked model (2 tried)\n"
         "  at   role.num_heads: 9 -> 4\n"
         "  so   the likeliest setting fails: 2 x 7: off by 0.3\n"
-        "  fix  leave these groups unpruned, or export a format that needs no Python class"
+        "  fix  leave these groups unpruned: `--set units=ffn_channel` leaves all heads whole"
     )
 
 
