@@ -40,7 +40,7 @@ def test_albert_reactions(run: Callable[[str], dict[str, float]]) -> None:
     measured = run("albert_reactions")
     assert measured["before"] > 0.5
     assert measured["after"] > 0.5 * measured["before"]
-    assert measured["parameters"] < 0.95
+    assert measured["parameters"] < 0.96  # each group gives 4 % of its channels
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_bert_antibodies(run: Callable[[str], dict[str, float]]) -> None:
     measured = run("bert_antibodies")
     assert measured["before"] > 0.5
     assert measured["after"] > 0.5 * measured["before"]
-    assert measured["parameters"] < 0.95
+    assert measured["parameters"] < 0.96  # each group gives 4 % of its channels
 
 
 @pytest.mark.slow
@@ -61,4 +61,4 @@ def test_cnn_photographs(run: Callable[[str], dict[str, float]]) -> None:
     measured = run("cnn_photographs")
     assert measured["before"] == 1
     assert measured["after"] > 0.4
-    assert measured["parameters"] < 0.95
+    assert measured["parameters"] < 0.96  # each group gives 4 % of its channels

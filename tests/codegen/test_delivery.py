@@ -150,12 +150,15 @@ def test_offloaded_to_disk(directory: Path, tmp_path: Path) -> None:
     assert difference([logits(model)], [logits(wanted)]) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled(directory: Path, backend: str) -> None:
     model = opened(directory)
     compiled = torch.compile(model, backend=backend)
+    # inductor sums in another order, and SmolLM2 cut at random in fp32 is 6e-5 from itself in fp64
+    limit = 1e-4 if backend == "inductor" else 1e-5
     try:
-        assert difference([logits(compiled, input_ids=tokens())], [logits(model)]) < 1e-5
+        assert difference([logits(compiled, input_ids=tokens())], [logits(model)]) < limit
     finally:
         torch._dynamo.reset()
 
