@@ -163,8 +163,16 @@ def _reusable(old: Record, step: Step, sources: str, arguments: argparse.Namespa
         return False
     if arguments.failed:
         return bool(old["status"] == step.done)
-    same = old.get("config") == configs.digest(old["type"])
-    return bool(old["sources"] == sources and same and old["status"] != "written")
+    if old["sources"] != sources or old["status"] == "written":
+        return False
+    return bool(old.get("config") == _config_digest(old["type"]))
+
+
+def _config_digest(name: str) -> str | None:
+    try:
+        return configs.digest(name)
+    except Exception:  # noqa: BLE001 - what transformers cannot build has none
+        return None
 
 
 def _forked(step: Step, name: str, sources: str, timeout: float) -> None:
@@ -186,9 +194,9 @@ def _work(step: Step, name: str, sources: str) -> None:
     """In the child: build, do the step, write the record."""
     torch.set_num_threads(1)
     record: Record = {"type": name, "sources": sources, "failures": []}
+    record["config"] = _config_digest(name)
     start = time.perf_counter()
     try:
-        record["config"] = configs.digest(name)
         model = configs.build(name)
         inputs = configs.inputs_of(name, model)
     except Exception as error:  # noqa: BLE001 - what transformers cannot build is a finding
