@@ -1,7 +1,7 @@
-"""Temporary folders beside what they are to become, and the locks by which a user is known.
+"""Temporary folders, and the locks by which a user is known.
 
 A lock ends with its process, however that ends. So a folder that nobody has locked was left by a
-killed process, and the next one to write to the same place removes it.
+killed process, and the next one that needs one of that name removes it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import glob
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _MARK, _RANDOM = "part-", "????????"  # as mkdtemp ends its names
@@ -24,16 +25,48 @@ def sibling(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    prefix = f".{path.name}.{_MARK}"
-    for left in path.parent.glob(glob.escape(prefix) + _RANDOM):
-        _remove_abandoned(left)
-    folder, held = _made(prefix, path.parent)
-    try:
+    with parents_made(path), _private(f".{path.name}.{_MARK}", path.parent) as folder:
         yield folder
+
+
+@contextmanager
+def temporary(place: Path | None = None) -> Iterator[Path]:
+    """A private folder in ``place``, by default where temporary files are; gone afterwards.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with _private(f"prunec-{_MARK}", place or Path(tempfile.gettempdir())) as folder:
+        yield folder
+
+
+def temporary_of(owner: object, place: Path | None = None) -> Path:
+    """As `temporary`, but the folder goes with ``owner``.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    stack = ExitStack()
+    folder = stack.enter_context(temporary(place))
+    weakref.finalize(owner, stack.close)
+    return folder
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """Make the missing parents of ``path``; those in which nothing is left afterwards go again.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+        for parent in missing:
+            with suppress(OSError):  # something is in it, or it could not be made
+                parent.rmdir()
 
 
 def lock(path: Path) -> int | None:
@@ -61,6 +94,19 @@ def lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def _private(prefix: str, parent: Path) -> Iterator[Path]:
+    for left in parent.glob(glob.escape(prefix) + _RANDOM):
+        _remove_abandoned(left)
+    folder, held = _made(prefix, parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
 
 
 def _made(prefix: str, parent: Path) -> tuple[Path, int | None]:

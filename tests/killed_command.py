@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -70,7 +71,8 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=_command, args=(list(arguments), str(log), file_limit))
+    given = (list(arguments), str(log), file_limit, dict(os.environ))
+    process = context.Process(target=_command, args=given)
     process.start()
     assert process.pid is not None
     started = time.perf_counter()
@@ -86,8 +88,10 @@ def run(
     return Run(None if killed else process.exitcode, seconds, said)
 
 
-def _command(arguments: list[str], log: str, file_limit: int) -> None:
+def _command(arguments: list[str], log: str, file_limit: int, environment: dict[str, str]) -> None:
     os.setpgrp()
+    os.environ.update(environment)  # the server has that of the first test
+    tempfile.tempdir = None
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

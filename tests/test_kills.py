@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from killed_command import Run, run
 from tiny_model import TEXT, write_tiny_llama
+from typer.testing import CliRunner, Result
 
+from prunec.cli.app import app
 from prunec.models.quiet import quiet
 
 WAYS: tuple[tuple[str, ...], ...] = ((), ("--out-of-core", "--activations", "disk"))
@@ -31,9 +34,17 @@ class Place:
         self._before = self._names()
 
     def prune(self, *options: str, **faults: Any) -> Run:
+        return run([*self._command, *options], self._log, **faults)
+
+    def prune_here(self, *options: str) -> Result:
+        """In this process."""
+        return CliRunner().invoke(app, [*self._command, *options])
+
+    @property
+    def _command(self) -> list[str]:
         at = ["prune", str(self.folder / "model"), "-o", str(self.out), "--ratio", "0.25"]
         text = ["--calibration", str(self.folder / "text"), "--samples", "3", "--seq-len", "12"]
-        return run([*at, *text, *options], self._log, **faults)
+        return [*at, *text]
 
     @property
     def left(self) -> set[str]:
@@ -43,11 +54,17 @@ class Place:
     def take(self) -> dict[str, bytes]:
         """What the output holds, which goes; nothing else must have been left."""
         assert self.left == {"out"}
+        assert not self.temporary
         found = {path.name: path.read_bytes() for path in self.out.iterdir()}
         for path in self.out.iterdir():
             path.unlink()
         self.out.rmdir()
         return found
+
+    @property
+    def temporary(self) -> set[str]:
+        """Names of what prunec has left where temporary files are."""
+        return {path.name for path in Path(os.environ["TMPDIR"]).glob("prunec*")}
 
     def check_hidden(self) -> None:
         """Whatever a killed run has left does not look like a result."""
@@ -96,6 +113,50 @@ def test_a_run_killed_at_random_is_resumed_to_the_same_bytes(place: Place, kills
             assert resumed.code == 0, resumed.said
         assert place.take() == content, (number, killed.said)
     assert kills < 100 or (met & FITTING and met & WRITING), met
+
+
+@pytest.mark.parametrize("part_left", [False, True])
+def test_a_run_killed_before_it_tidied_up(
+    place: Place, monkeypatch: pytest.MonkeyPatch, part_left: bool
+) -> None:
+    """The output has its name already, and the progress is there, or in part."""
+    content, _ = whole(place, ())
+    for options, code in (((), 2), (("--overwrite",), 0), (("--resume",), 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr("prunec.passes.checkpoint.remove_progress", lambda folder: None)
+            assert place.prune_here("--overwrite").exit_code == 0
+        progress = place.folder / ".out.progress"
+        assert len(list(progress.glob("*.safetensors"))) == 4
+        if part_left:
+            next(progress.glob("0002-*")).unlink()
+        again = place.prune(*options)
+        assert again.code == code, again.said
+        assert "is whole: the run that wrote it was killed" in again.said
+        assert place.take() == content, options
+
+
+def test_progress_of_another_run_beside_its_like(place: Place) -> None:
+    content, seconds = whole(place, ())
+    assert place.prune("--seed", "1").code == 0
+    killed = place.prune("--overwrite", "--resume", kill_after=seconds * 0.7)
+    assert killed.code is None
+    refused = place.prune("--resume")
+    assert refused.code == 2
+    assert "the output directory exists" in refused.said
+    assert place.prune("--overwrite", "--resume").code == 0
+    assert place.take() == content
+
+
+def test_an_error_leaves_no_parents(place: Place) -> None:
+    place.out = place.folder / "new" / "deep" / "out"
+    for options in (
+        ("--min-ratio", "0.9"),
+        ("--seq-len", "4000"),
+        ("--scores", "new/a/b", "--set", "importance=random"),
+    ):
+        failed = place.prune(*options)
+        assert failed.code == 2, failed.said
+        assert not place.left
 
 
 @pytest.mark.parametrize(

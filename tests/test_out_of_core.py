@@ -112,7 +112,7 @@ def test_activations_on_disk_change_nothing(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert {path.parent for path in written} == {tmp_path / "disk"}
     gc.collect()
-    assert not list((tmp_path / "disk").glob("prunec-values-*"))
+    assert not list((tmp_path / "disk").glob("prunec-part-*"))
 
 
 def test_a_model_on_meta_without_weights_is_refused() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from prunec.staging import lock, sibling
+from prunec.staging import lock, parents_made, sibling, temporary, temporary_of
 
 
 def test_a_sibling_is_private_and_goes(tmp_path: Path) -> None:
@@ -39,6 +42,52 @@ def test_what_nobody_holds_is_removed_and_nothing_else(tmp_path: Path) -> None:
         os.close(held)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
     assert all((tmp_path / name / "file").exists() for name in others)
+
+
+def test_what_a_killed_process_left_the_next_one_removes(tmp_path: Path) -> None:
+    """Of two that share a place for temporary files, the one that lives keeps its own."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from prunec.staging import temporary
+for _ in range(2):
+    with temporary(Path({str(tmp_path)!r})) as folder:
+        (folder / "file").touch()
+        print("there", flush=True)
+        sys.stdin.readline()
+"""
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    killed, living = (subprocess.Popen([sys.executable, "-c", code], **how) for _ in range(2))
+    for process in (killed, living):
+        assert process.stdout.readline() == "there\n"
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    with temporary(tmp_path) as mine:
+        (other,) = set(tmp_path.iterdir()) - {mine}
+        assert (other / "file").exists()
+    living.communicate("\n\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_goes_with_its_owner(tmp_path: Path) -> None:
+    class Owner: ...
+
+    owner = Owner()
+    folder = temporary_of(owner, tmp_path)
+    assert folder.parent == tmp_path
+    del owner
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_parents_stay_only_if_something_is_in_them(tmp_path: Path) -> None:
+    with parents_made(tmp_path / "new" / "deep" / "out"):
+        (tmp_path / "new" / "file").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new"]
+    with parents_made(tmp_path / "new" / "other" / "out"):
+        (tmp_path / "new" / "other" / "out").touch()
+    assert (tmp_path / "new" / "other" / "out").exists()
 
 
 def test_a_lock_is_of_one_user_at_a_time(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from prunec.cli import options
 from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
-from prunec.cli.runs import RecipeRun, carried_out, check_weights, progress_kept
+from prunec.cli.runs import RecipeRun, carried_out, check_weights, is_done, progress_kept
 from prunec.errors import ExportError, PlanError
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ def prune(
     _check_idle(context, plan=plan is not None, recover=recover is not None)
     training = chosen(recover, [f"seed={seed}", *(recover_set or [])]) if recover else None
     check_shard_size(max_shard_size)
+    if out and not dry_run:
+        overwrite |= is_done(screen, out, progress_folder(out), "report", resume=resume)
     written = _checked(out, dry_run=dry_run, overwrite=overwrite)
     asked: Plan | RecipeRun
     if plan:

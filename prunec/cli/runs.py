@@ -108,7 +108,7 @@ def progress_kept(folder: Path, *, resume: bool) -> Iterator[None]:
     After an error or Ctrl-C it stays if the run is to be resumed. Further processes of a launcher
     have no part in it.
     """
-    from prunec.passes.checkpoint import remove_journal, reserved
+    from prunec.passes.checkpoint import remove_progress, reserved
     from prunec.passes.distributed import writes
 
     if not writes():
@@ -121,7 +121,43 @@ def progress_kept(folder: Path, *, resume: bool) -> Iterator[None]:
             done = True
         finally:
             if done or not resume:
-                remove_journal(folder)
+                remove_progress(folder)
+
+
+def is_done(screen: Screen, out: Path, folder: Path, part: str, *, resume: bool) -> bool:
+    """Whether the run to go on with has written `out` already: it may write the same again.
+
+    Such progress a run leaves behind that is killed between naming its result and tidying up.
+    Where it is not to be gone on with it goes.
+
+    Args:
+        part: of prunec.json, which says in ``run`` what run it is of.
+
+    Raises:
+        CheckpointError: that run has not ended.
+    """
+    from prunec.codegen.rewrite import read_record
+    from prunec.passes.checkpoint import remove_progress, reserved, run_of
+    from prunec.passes.distributed import writes
+
+    if not (out.is_dir() and folder.is_dir()):
+        return False
+    try:
+        said = read_record(out).get(part)
+    except ModelError:  # no result of ours
+        return False
+    run, left = said.get("run") if isinstance(said, dict) else None, run_of(folder)
+    if run is None or left not in (run, None):
+        return False
+    screen.message(f"{out} is whole: the run that wrote it was killed while it tidied up.")
+    if resume and left == run:
+        screen.message("From its progress the same is written again.")
+        return True
+    if writes():
+        with reserved(folder):
+            remove_progress(folder)
+        screen.message(f"Its progress is removed: {folder}")
+    return False
 
 
 def check_weights(source: Source) -> None:

@@ -133,26 +133,15 @@ def _check_file(path: Path, *, overwrite: bool) -> None:
 @contextmanager
 def _beside(path: Path, deliver: Callable[[Path, Path], object]) -> Iterator[Path]:
     """A temporary folder beside `path` that `deliver` turns into it; nothing is left otherwise."""
-    created = _make_parents(path.parent)
     try:
         with sibling(path) as temporary:
             yield temporary
             _open_up(temporary)
             deliver(temporary, path)
     except BaseException as error:
-        for parent in created:
-            if not any(parent.iterdir()):
-                parent.rmdir()
         if isinstance(error, OSError | SafetensorError) or _is_full(error):
             raise _refused(error, path) from error
         raise
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Create the missing parents; return those created, innermost first."""
-    missing = [p for p in (parent, *parent.parents) if not p.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    return missing
 
 
 def _open_up(folder: Path) -> None:

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 from prunec.codegen.exporters.compare import named
@@ -15,6 +14,7 @@ from prunec.codegen.exporters.exporter import Exporter, Finding
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.errors import ExportError, VerifyError
 from prunec.registry import plugin
+from prunec.staging import temporary
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,6 @@ def _read_by(reader: _Reader, source: ModelDirectory, measure: bool) -> Engine:
 
 
 def _measured(exporter: Exporter, source: ModelDirectory) -> Finding:
-    with tempfile.TemporaryDirectory(prefix="prunec-check-") as folder:
-        exporter.write(source, Path(folder))
-        return exporter.check(source, Path(folder))
+    with temporary() as folder:
+        exporter.write(source, folder)
+        return exporter.check(source, folder)

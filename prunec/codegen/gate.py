@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from prunec.codegen.perturb import build
 from prunec.codegen.streamed import is_streamed
 from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import VerifyError
+from prunec.staging import temporary
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def accept(model: Any, directory: Path, auto: str, example: Mapping[str, Tensor]
     Raises:
         VerifyError: naming every difference.
     """
-    with tempfile.TemporaryDirectory(prefix="prunec-gate-") as folder:
-        compared = prepare(model, directory, auto, example, Path(folder))
-        (problems,) = reopen([Path(folder)])
+    with temporary() as folder:
+        compared = prepare(model, directory, auto, example, folder)
+        (problems,) = reopen([folder])
     if not problems:
         return compared
     remade = _remade_otherwise(model)
@@ -212,10 +212,10 @@ def _tensors(outcomes: Sequence[tuple[Check, Tensor]]) -> dict[str, Tensor]:
 
 def reopen(folders: Sequence[Path]) -> list[list[str]]:
     """Do the prepared jobs in one process without prunec; for each, the problems found."""
-    with tempfile.TemporaryDirectory(prefix="prunec-modules-") as modules:
+    with temporary() as modules:
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": modules,  # nothing of ours stays in the user's cache
+            "HF_MODULES_CACHE": str(modules),  # nothing of ours stays in the user's cache
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "MALLOC_MMAP_THRESHOLD_": "1000000",  # glibc gives freed weights back at once

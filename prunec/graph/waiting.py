@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,10 +16,10 @@ from torch import Tensor, fx
 
 from prunec.errors import CheckpointError, PlanError
 from prunec.graph.memory import free_bytes
+from prunec.staging import temporary_of
 
 Environment = dict[fx.Node, Any]
 
-_PREFIX = "prunec-values-"
 _SMALL_BYTES = 1 << 16  # not worth a file
 _FREE_SHARE = 4  # of the free memory, this part may be values that wait
 
@@ -85,13 +84,9 @@ class Disk:
         try:
             if parent is not None:
                 parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for left in parent.glob(f"{_PREFIX}*"):
-                    shutil.rmtree(left)
-            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            return temporary_of(self, parent)
         except OSError as error:
             raise _full(parent or Path(tempfile.gettempdir()), error) from error
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
 
 
 class Either:

@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +27,12 @@ from torch import Tensor
 import prunec
 from prunec.errors import CheckpointError
 from prunec.importance.problem import BoolArray
-from prunec.staging import lock
+from prunec.staging import lock, parents_made, temporary_of
 
 _RUN = "run.json"
+_LOCK = ".lock"
 _SHARES = "shares.json"
+_DECISIONS = "[0-9]*-*"
 _KEPT, _UPDATED = "kept.", "updated."
 
 
@@ -65,7 +65,12 @@ class Journal:
 
     def __init__(self, folder: Path, owner: object = None) -> None:
         self._folder, self._owner = folder, owner
-        self._files = {int(path.name[:4]): path for path in sorted(folder.glob("[0-9]*-*"))}
+        self._files = {int(path.name[:4]): path for path in sorted(folder.glob(_DECISIONS))}
+
+    @property
+    def run(self) -> str | None:
+        """What tells this run from all others, as `run_of` says."""
+        return run_of(self._folder)
 
     def recall(self, number: int) -> Decision | None:
         """The decision of the site visited as `number`, its tensors left on disk; None if new.
@@ -151,9 +156,8 @@ class _Filed(Mapping[str, Tensor]):
 
 def temporary_journal() -> Journal:
     """One in a private directory that goes with it: for tensors that memory has no room for."""
-    folder, owner = tempfile.mkdtemp(prefix="prunec-"), _Owner()
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return Journal(Path(folder), owner)
+    owner = _Owner()
+    return Journal(temporary_of(owner), owner)
 
 
 class _Owner:
@@ -164,10 +168,13 @@ _RESERVED: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozense
 
 
 @contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Keep other processes from a folder of progress meanwhile; once nothing is in it, it goes.
+def reserved(folder: Path, worth: Collection[str] = (_DECISIONS, _SHARES)) -> Iterator[None]:
+    """Keep other processes from a folder of progress meanwhile.
 
-    Within the block the folder may be reserved again.
+    Afterwards it goes if there is nothing to go on from. Within the block it may be reserved again.
+
+    Args:
+        worth: patterns of the names that a run can go on from.
 
     Raises:
         CheckpointError: another process has it, or it cannot be made.
@@ -176,16 +183,17 @@ def reserved(folder: Path) -> Iterator[None]:
     if folder in _RESERVED.get():
         yield
         return
-    held = _locked(folder)
-    token = _RESERVED.set(_RESERVED.get() | {folder})
-    try:
-        yield
-    finally:
-        _RESERVED.reset(token)
-        if not (*folder.glob("[0-9]*-*"), *folder.glob(_SHARES)):
-            remove_journal(folder)  # stopped before the first site: nothing to go on from
-        if held is not None:
-            os.close(held)
+    with parents_made(folder):
+        held = _locked(folder)
+        token = _RESERVED.set(_RESERVED.get() | {folder})
+        try:
+            yield
+        finally:
+            _RESERVED.reset(token)
+            if not any(path for pattern in worth for path in folder.glob(pattern)):
+                remove_progress(folder)
+            if held is not None:
+                os.close(held)
 
 
 @contextmanager
@@ -223,16 +231,31 @@ def progress_folder(out: Path) -> Path:
     return out.absolute().with_name(f".{out.absolute().name}.progress")
 
 
-def remove_journal(folder: Path) -> None:
-    """Remove the progress of a run that is done."""
+def run_of(folder: Path) -> str | None:
+    """What tells the run with its progress in this folder from all others; None if nothing does.
+
+    The result holds it too. So progress beside the result of the same run has served its end.
+    """
+    try:
+        return _digest((folder / _RUN).read_bytes())
+    except OSError:
+        return None
+
+
+def remove_progress(folder: Path) -> None:
+    """Remove the progress of a run that is done; what tells whose it is goes after the rest."""
+    for path in folder.glob("*/"):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked(folder: Path) -> int | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / ".lock").touch(mode=0o600)
-        return lock(folder / ".lock")
+        (folder / _LOCK).touch(mode=0o600)
+        return lock(folder / _LOCK)
     except BlockingIOError as error:
         raise CheckpointError(
             "another run is writing here", where=str(folder), fix="wait for it, or name another OUT"
@@ -261,8 +284,8 @@ def _check_same(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != ".lock" and path.is_file():  # folders are of activations that wait
+    for path in sorted(folder.glob("*"), key=lambda path: path.name == _RUN):
+        if path.name != _LOCK and path.is_file():  # folders are of activations that wait
             path.unlink()
 
 

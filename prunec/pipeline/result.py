@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from prunec.passes.prune import SiteReport
 from prunec.passes.recipe import Recipe
 from prunec.passes.shallow import Dropped
 from prunec.passes.sites import Skipped
+from prunec.staging import temporary
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Report:
         checks: how the result was proven.
         calibration: digest and size of the calibration tokens.
         seconds: of each step.
+        run: what tells this run from all others, where its progress was kept.
         aim: the target in its own unit: what was asked, what was reached, and what whole units and
             multiples took beyond it (below it, where negative).
     """
@@ -55,6 +56,7 @@ class Report:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     aim: Mapping[str, Any] = field(default_factory=dict)
+    run: str | None = None
 
     @property
     def realised_ratio(self) -> float:
@@ -79,6 +81,7 @@ class Report:
             "calibration": dict(self.calibration),
             "seconds": dict(self.seconds),
             "aim": dict(self.aim),
+            "run": self.run,
         }
 
 
@@ -156,7 +159,7 @@ class Result:
         Raises:
             ExportError: the Hub does not take it.
         """
-        with tempfile.TemporaryDirectory(prefix="prunec-hub-") as folder:
-            directory = Path(folder) / "model"
+        with temporary() as folder:
+            directory = folder / "model"
             self.save(directory, **options)
             return push(directory, repo, private=private, token=token)

@@ -69,6 +69,7 @@ def thin(run: Run) -> Result:
         skipped=tuple(skipped),
         calibration=described(run.calibration) if setup.scores is None else _reported(setup.scores),
         aim=_aim(goal, budget),
+        run=kept and kept.run,
     )
     return _timed(run, coupling, result) if run.aim.kind == "latency" else result
 

@@ -51,7 +51,7 @@ def test_files_go_with_their_values_and_the_folder_with_its_owner(tmp_path: Path
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / "prunec-values-old"
+    left = tmp_path / "prunec-part-abcdefgh"
     left.mkdir()
     (left / "value").write_bytes(b"x" * 100)
     place = Disk(tmp_path)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.traced import Inputs, expected, named_forward, unpadded
 from prunec.codegen.streamed import in_single
 from prunec.errors import VerifyError
+from prunec.staging import temporary
 
 PRUNEC = ("prunec",)
 
@@ -110,8 +110,7 @@ def outputs(
     Raises:
         VerifyError: it does not open or run the file.
     """
-    with tempfile.TemporaryDirectory(prefix="prunec-export-") as name:
-        folder = Path(name)
+    with temporary() as folder:
         job = {
             "engine": engine,
             "file": str(file),

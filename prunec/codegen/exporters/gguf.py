@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.exporters.stranger import greedy
 from prunec.codegen.exporters.traced import Inputs
 from prunec.errors import ExportError, VerifyError
+from prunec.staging import temporary
 
 _ARCH = "deci"
 _REMOVED_WIDTH = 32  # llama.cpp skips the rest of a layer with n_ff = 0, attention's output too
@@ -116,9 +116,9 @@ class Gguf:
             return missing
         if self.type == "f32":
             return Finding(_engine(), "measured", _compared(source, folder / self.file))
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            Gguf().write(source, Path(name))
-            exact = _compared(source, Path(name) / self.file)
+        with temporary(folder) as beside:
+            Gguf().write(source, beside)
+            exact = _compared(source, beside / self.file)
         graph = source.once(llama_graph)
         limit, least = _ROUNDING[self.type]
         off = rounding(folder / self.file, graph, least)
