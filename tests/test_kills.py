@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 from killed_command import Run, run
 from tiny_model import TEXT, write_tiny_llama
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from prunec.cli.app import app
 from prunec.models.quiet import quiet
@@ -36,9 +39,11 @@ class Place:
     def prune(self, *options: str, **faults: Any) -> Run:
         return run([*self._command, *options], self._log, **faults)
 
-    def prune_here(self, *options: str) -> Result:
-        """In this process."""
-        return CliRunner().invoke(app, [*self._command, *options])
+    def prune_here(self, *options: str, code: int = 0) -> str:
+        """What it says in this process."""
+        done = CliRunner().invoke(app, [*self._command, *options])
+        assert done.exit_code == code, done.output
+        return " ".join(done.output.split())
 
     @property
     def _command(self) -> list[str]:
@@ -55,11 +60,13 @@ class Place:
         """What the output holds, which goes; nothing else must have been left."""
         assert self.left == {"out"}
         assert not self.temporary
-        found = {path.name: path.read_bytes() for path in self.out.iterdir()}
-        for path in self.out.iterdir():
-            path.unlink()
-        self.out.rmdir()
+        found = self.read()
+        shutil.rmtree(self.out)
         return found
+
+    def read(self) -> dict[str, bytes]:
+        """What the output holds."""
+        return {path.name: path.read_bytes() for path in self.out.iterdir()}
 
     @property
     def temporary(self) -> set[str]:
@@ -85,6 +92,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", settings["TMPDIR"])
     return Place(tmp_path)
 
 
@@ -115,47 +123,47 @@ def test_a_run_killed_at_random_is_resumed_to_the_same_bytes(place: Place, kills
     assert kills < 100 or (met & FITTING and met & WRITING), met
 
 
-@pytest.mark.parametrize("part_left", [False, True])
+@pytest.fixture
+def untidy(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A run was killed there when its output had its name, and its progress was not yet removed."""
+    monkeypatch.setattr("prunec.codegen.hf.accept", lambda *_: [])  # the gate has its own tests
+    with monkeypatch.context() as patch:
+        patch.setattr("prunec.passes.checkpoint.remove_progress", lambda folder: None)
+        place.prune_here()
+    assert place.left == {"out", ".out.progress"}
+    return place
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ((), 2, "Its progress is removed"),
+        (("--overwrite",), 0, "Its progress is removed"),
+        (("--resume",), 0, "From its progress the same is written again"),
+    ],
+)
 def test_a_run_killed_before_it_tidied_up(
-    place: Place, monkeypatch: pytest.MonkeyPatch, part_left: bool
+    untidy: Place, options: tuple[str, ...], code: int, said: str
 ) -> None:
-    """The output has its name already, and the progress is there, or in part."""
-    content, _ = whole(place, ())
-    for options, code in (((), 2), (("--overwrite",), 0), (("--resume",), 0)):
-        with monkeypatch.context() as patch:
-            patch.setattr("prunec.passes.checkpoint.remove_progress", lambda folder: None)
-            assert place.prune_here("--overwrite").exit_code == 0
-        progress = place.folder / ".out.progress"
-        assert len(list(progress.glob("*.safetensors"))) == 4
-        if part_left:
-            next(progress.glob("0002-*")).unlink()
-        again = place.prune(*options)
-        assert again.code == code, again.said
-        assert "is whole: the run that wrote it was killed" in again.said
-        assert place.take() == content, options
+    content = untidy.read()
+    next((untidy.folder / ".out.progress").glob("0002-*")).unlink()  # or while it did
+    assert said in untidy.prune_here(*options, code=code)
+    assert untidy.take() == content
 
 
-def test_progress_of_another_run_beside_its_like(place: Place) -> None:
-    content, seconds = whole(place, ())
-    assert place.prune("--seed", "1").code == 0
-    killed = place.prune("--overwrite", "--resume", kill_after=seconds * 0.7)
-    assert killed.code is None
-    refused = place.prune("--resume")
-    assert refused.code == 2
-    assert "the output directory exists" in refused.said
-    assert place.prune("--overwrite", "--resume").code == 0
-    assert place.take() == content
+def test_progress_beside_the_result_of_another_run(untidy: Place) -> None:
+    record = untidy.out / "prunec.json"
+    other = json.loads(record.read_text(encoding="utf-8"))
+    other["report"]["run"] = "another"
+    record.write_text(json.dumps(other), encoding="utf-8")
+    assert "the output directory exists" in untidy.prune_here("--resume", code=2)
+    assert untidy.left == {"out", ".out.progress"}
 
 
 def test_an_error_leaves_no_parents(place: Place) -> None:
     place.out = place.folder / "new" / "deep" / "out"
-    for options in (
-        ("--min-ratio", "0.9"),
-        ("--seq-len", "4000"),
-        ("--scores", "new/a/b", "--set", "importance=random"),
-    ):
-        failed = place.prune(*options)
-        assert failed.code == 2, failed.said
+    for option in (("--seq-len", "4000"), ("--max-ratio", "0.01")):
+        assert "error: " in place.prune_here(*option, code=2)
         assert not place.left
 
 

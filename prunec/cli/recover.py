@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunec.cli import options
+from prunec.cli.runs import checkpoints_kept, is_done
 from prunec.errors import ExportError, ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ def recover(
     screen = Screen(quiet=quiet, json=json)
     if out is None:
         raise ExportError("no output directory", fix="add -o OUT")
+    in_place = out.resolve() == directory.resolve()  # then what was trained is no longer there
+    going_on = resume and not in_place
+    overwrite |= is_done(screen, out, _checkpoints(out), "recovery", resume=going_on)
     check_target(out, overwrite=overwrite)
     if recipe and method:
         raise PlanError("--recipe says what trains: leave out --method", where=f"--method {method}")
@@ -158,8 +162,8 @@ def run(
         if not name:
             raise PlanError(f"{directory} does not name its dense model", fix="--teacher MODEL")
         dense = open_source(str(name), screen, device=teacher_device, dtype=dtype)
-    work = out.absolute().with_name(f".{out.name}.recovery")
-    try:
+    work = _checkpoints(out)
+    with checkpoints_kept(screen, work):
         recovered = train(
             source.model,
             source.tokenizer,
@@ -172,30 +176,30 @@ def run(
             options=trainer,
             progress=screen,
         )
-    except KeyboardInterrupt:
-        if list(work.glob("checkpoint-*")):
-            screen.message("prunec recover with the same options and --resume goes on from here.")
-        raise
-    if not recovered.is_main:
-        return None
+        if not recovered.is_main:
+            return None
 
-    def finish(folder: Path) -> None:
-        if keep_adapter and recovered.adapter is not None:
-            shutil.copytree(recovered.adapter, folder / "adapter")
+        def finish(folder: Path) -> None:
+            if keep_adapter and recovered.adapter is not None:
+                shutil.copytree(recovered.adapter, folder / "adapter")
 
-    with quiet():
-        rewrite(
-            recovered.model,
-            directory,
-            out,
-            changes={"recovery": recovered.report.to_json()},
-            tokenizer=source.tokenizer,
-            finish=finish,
-            overwrite=overwrite,
-            progress=screen,
-        )
-    shutil.rmtree(work, ignore_errors=True)
+        with quiet():
+            rewrite(
+                recovered.model,
+                directory,
+                out,
+                changes={"recovery": recovered.report.to_json()},
+                tokenizer=source.tokenizer,
+                finish=finish,
+                overwrite=overwrite,
+                progress=screen,
+            )
     return recovered.report
+
+
+def _checkpoints(out: Path) -> Path:
+    """Where a run that writes `out` keeps them: a hidden directory beside it."""
+    return out.absolute().with_name(f".{out.absolute().name}.recovery")
 
 
 def show(screen: Screen, report: RecoveryReport) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from prunec.passes.targets.target import Target
 
 
+_CHECKPOINTS = "checkpoint-*"  # as transformers' Trainer names them
+
+
 @dataclass(frozen=True)
 class RecipeRun:
     """A recipe and all that it is run with; the attributes are named as the options."""
@@ -124,6 +127,30 @@ def progress_kept(folder: Path, *, resume: bool) -> Iterator[None]:
                 remove_progress(folder)
 
 
+@contextmanager
+def checkpoints_kept(screen: Screen, folder: Path) -> Iterator[None]:
+    """Where a training's checkpoints are while it lasts: no other has the folder, which then goes.
+
+    After an error or Ctrl-C it stays if there are any to go on from.
+    """
+    from prunec.passes.checkpoint import remove_progress, reserved
+    from prunec.passes.distributed import writes
+
+    if not writes():
+        yield
+        return
+    with reserved(folder, worth=(_CHECKPOINTS,)):
+        try:
+            yield
+        except BaseException:
+            if any(folder.glob(_CHECKPOINTS)):
+                screen.message(
+                    "prunec recover with the same options and --resume goes on from here."
+                )
+            raise
+        remove_progress(folder)
+
+
 def is_done(screen: Screen, out: Path, folder: Path, part: str, *, resume: bool) -> bool:
     """Whether the run to go on with has written `out` already: it may write the same again.
 
@@ -149,7 +176,7 @@ def is_done(screen: Screen, out: Path, folder: Path, part: str, *, resume: bool)
     run, left = said.get("run") if isinstance(said, dict) else None, run_of(folder)
     if run is None or left not in (run, None):
         return False
-    screen.message(f"{out} is whole: the run that wrote it was killed while it tidied up.")
+    screen.message(f"The run that wrote {out} was killed while it tidied up.")
     if resume and left == run:
         screen.message("From its progress the same is written again.")
         return True

@@ -21,6 +21,7 @@ from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
 from prunec.models.generation import generates
 from prunec.models.quiet import quiet
+from prunec.passes.checkpoint import run_of
 from prunec.recovery.adapters import attach, detach, merge
 from prunec.recovery.data import Samples, read_samples, split_held_out
 from prunec.recovery.packing import Row, keeps_apart, pack, single
@@ -38,6 +39,7 @@ class RecoveryReport:
 
     Attributes:
         settings: as they ran.
+        run: what tells this run from all others.
         data, digest: the source and the sha256 of the tokens trained on.
         samples, rows, tokens: of the whole source; `held_out` rows were not trained on.
         packed: whether rows hold several samples.
@@ -49,6 +51,7 @@ class RecoveryReport:
     """
 
     settings: Recovery
+    run: str | None
     data: str
     digest: str
     samples: int
@@ -153,6 +156,7 @@ def recover(
         adapter = _keep_adapter(trained, work, base)
     report = RecoveryReport(
         settings=settings,
+        run=run_of(work),
         data=data,
         digest=samples.digest,
         samples=len(samples.samples),
@@ -234,8 +238,9 @@ def _prepare(work: Path, identity: Mapping[str, Any], *, resume: bool) -> Path |
     if not resume:
         if int(os.environ.get("RANK", "0")) > 0:  # of torchrun: the first process does it for all
             return None
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
+        for earlier in work.glob("*/"):
+            shutil.rmtree(earlier)
         path.write_text(json.dumps(identity), encoding="utf-8")
         return None
     try:
