@@ -100,7 +100,7 @@ def _read_by(reader: _Reader, source: ModelDirectory, measure: bool) -> Engine:
     try:
         if reasons := list(exporter.can_express(source)):
             return Engine(reader.name, "no", "; ".join(reasons), state)
-        room = shutil.disk_usage(tempfile.gettempdir()).free > source.weight_bytes
+        room = shutil.disk_usage(tempfile.gettempdir()).free > exporter.needed_bytes(source)
         if measure and room and state == "not run":
             finding = _measured(exporter, source)
             return Engine(reader.name, "export", f"{command}: {finding.detail}", finding.state)

@@ -280,6 +280,35 @@ def test_bad_requests(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("form", "settings", "each"),
+    [
+        ("pt2", {}, 2),
+        ("onnx", {}, 4),  # its engine computes in fp32
+        ("gguf", {}, 4),
+        ("gguf", {"type": "f16"}, 2 + 4),  # and an f32 file to compare
+    ],
+)
+def test_room_is_wanted_for_what_is_written_and_not_for_what_was_read(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    settings: dict[str, str],
+    each: int,
+) -> None:
+    monkeypatch.setattr("prunec.codegen.exporters.gguf.find_spec", lambda name: object())
+    model = prunec.load(folder / "llama", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=each * weights - 1))
+    with pytest.raises(ExportError, match="too full") as caught:
+        prunec.export(tmp_path / "half", form, tmp_path / "new" / "out", settings=settings)
+    assert f" {each * weights / 1e6:,.0f} MB are needed" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
 def test_a_file_that_is_not_the_model_is_not_delivered(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,9 @@ class Deci:
         except ExportError as error:
             return [error.where or error.message]
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        return source.weight_bytes
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         graph = source.once(llama_graph)
         config = json.dumps(_config(graph, source), indent=2) + "\n"

@@ -73,6 +73,9 @@ class Exporter(Protocol):
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
         """Why this form cannot hold the model; nothing if it can."""
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        """Of disk, for the weights that `write` and `check` will have in the folder."""
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         """Write the files into an empty folder; notes for the user.
 
@@ -124,7 +127,7 @@ def export(
                 so="nothing was written",
                 fix="export it to pt2, python or onnx, which hold any sizes",
             )
-        require_space(folder, source.weight_bytes)
+        require_space(folder, exporter.needed_bytes(source))
         with progress.task(f"write {to}"):
             notes = exporter.write(source, folder)
         with progress.task("compare it with the model"):

@@ -64,6 +64,12 @@ class Gguf:
         _, reason = read_tokenizer(source.path, graph.vocabulary)
         return [reason] if reason else []
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        """Of another type than f32 also what is compared: the same in f32."""
+        types = {self.type} if find_spec("llama_cpp") is None else {self.type, "f32"}
+        files = [(Gguf(name), tensors(source.once(llama_graph))) for name in types]
+        return sum(file._bytes(tensor) for file, inside in files for _, tensor in inside)
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         import gguf
 
@@ -89,19 +95,24 @@ class Gguf:
         """Returns how many matrices could not have the wanted type."""
         import gguf
 
-        wanted = {
-            "f32": gguf.GGMLQuantizationType.F32,
-            "f16": gguf.GGMLQuantizationType.F16,
-            "q8_0": gguf.GGMLQuantizationType.Q8_0,
-        }[self.type]
         kept = 0
         for name, tensor in tensors(graph):
-            data, dtype = tensor.float().contiguous().numpy(), wanted
-            if tensor.ndim < 2 or (self.type == "q8_0" and tensor.shape[-1] % _BLOCK):
-                dtype = gguf.GGMLQuantizationType.F32
-                kept += tensor.ndim > 1
+            data, stored = tensor.float().contiguous().numpy(), self._stored(tensor)
+            kept += tensor.ndim > 1 and stored != self.type
+            dtype = gguf.GGMLQuantizationType[stored.upper()]
             writer.add_tensor(name, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
         return kept
+
+    def _stored(self, tensor: Tensor) -> str:
+        """The type that a tensor is stored in."""
+        whole = self.type != "q8_0" or tensor.shape[-1] % _BLOCK == 0
+        return self.type if tensor.ndim > 1 and whole else "f32"
+
+    def _bytes(self, tensor: Tensor) -> int:
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._stored(tensor).upper()]]
+        return tensor.numel() // int(block) * int(size)
 
     def check(self, source: ModelDirectory, folder: Path) -> Finding:
         """Logits of a long sequence; and greedy text through the KV cache, in float32.

@@ -37,6 +37,9 @@ class Onnx:
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
         return untraceable(source.single)
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        return source.single.weight_bytes
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         for package in ("onnx", "onnxscript"):
             if find_spec(package) is None:

@@ -50,6 +50,10 @@ class Padded:
             return [f"the stock class has no place for {next(iter(added))}"]
         return [] if source.once(_widened) else ["no sizes of the stock class hold every layer"]
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        stock: Any = source.once(_widened)
+        return sum(parameter.nbytes for parameter in stock.parameters())
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         stock: Any = source.once(_widened)
         assert stock is not None

@@ -27,6 +27,9 @@ class Pt2:
     def can_express(self, source: ModelDirectory) -> Sequence[str]:
         return untraceable(source)
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        return source.weight_bytes
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         torch.export.save(source.traced.program, folder / self.file)
         return source.traced.fixed

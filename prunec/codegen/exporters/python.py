@@ -104,6 +104,9 @@ class Python:
                 return [f"no Python is known for the call {error}"]
         return reasons
 
+    def needed_bytes(self, source: ModelDirectory) -> int:
+        return source.weight_bytes
+
     def write(self, source: ModelDirectory, folder: Path) -> Sequence[str]:
         text, tensors = source.once(_written)
         (folder / self.file).write_text(text, encoding="utf-8")

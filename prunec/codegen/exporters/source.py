@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from prunec.errors import ModelError
 from prunec.models import example_inputs
 
 T = TypeVar("T")
+_HALF = ("F16", "BF16")  # as safetensors names them
 _TABLES = ("shapes", "added", "attrs", "skip")
 _STOCK: Mapping[str, Any] = {name: {} for name in _TABLES}
 
@@ -58,14 +60,15 @@ class ModelDirectory:
     @cached_property
     def single(self) -> ModelDirectory:
         """The same, with 16-bit weights opened in fp32."""
-        half = any(kind in ("F16", "BF16") for _, kind in self._headers.values())
+        half = any(kind in _HALF for _, kind in self._headers.values())
         return ModelDirectory(self.path, self.config, torch.float32) if half else self
 
     @cached_property
     def weight_bytes(self) -> int:
         """As the model has them when it is open, or as its files hold them."""
         stored = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
-        return stored if self.dtype is None else 2 * stored
+        halves = (shape for shape, kind in self._headers.values() if kind in _HALF)
+        return stored if self.dtype is None else stored + 2 * sum(map(math.prod, halves))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
