@@ -15,7 +15,7 @@ from prunec.codegen.load import load, register
 from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import couple
-from prunec.graph.trace import Example, Loss, trace
+from prunec.graph.trace import Example, Loss, trace, unwrapped
 from prunec.passes.channels import HIDDEN
 from prunec.passes.depth import drop, loaded
 from prunec.passes.oracles.mask import reduced_over
@@ -74,14 +74,15 @@ def prune(
     """Remove a part of a model's repeated blocks and mend what is left.
 
     Args:
-        model: any nn.Module; not changed.
+        model: any nn.Module, not changed; of one in torch.compile or DataParallel what is inside.
         recipe: the name of a shipped recipe, a YAML file, or a Recipe.
         ratio: the fraction of the repeated blocks' parameters to remove, 0 to 1; 0.2 where no
             target is given either.
         target: in place of a ratio what is to be left: "params=100M", "flops=70%", "kv-cache=50%",
             "memory=250MB", "latency=0.8x".
         calibration: of `prunec.calibration.calibrate`, or any iterable of inputs by name (dicts,
-            tuples, tensors); may be left out with saved scores.
+            tuples, tensors); may be left out with saved scores, and of a transformers model where
+            the recipe looks at weights alone.
         seed: for recipes that draw numbers.
         settings: overrides of the recipe, such as ``{"allocation": "uniform"}``.
         loss: for criteria that need gradients: ``loss(model, inputs)``, a scalar for the inputs of
@@ -111,6 +112,7 @@ def prune(
             "a device was given for a model that holds its weights",
             fix="move the model itself: model.to(device)",
         )
+    model = unwrapped(model)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     run = Run(
         model=model,
@@ -150,7 +152,7 @@ def apply_plan(
     Raises:
         PlanError: the plan does not fit the model.
     """
-    clock = Clock()
+    clock, model = Clock(), unwrapped(model)
     with progress.task("trace the model"), clock("trace"):
         dense = couple(trace(model, example))
         if plan.dropped or reduced_over(dense, plan.selection(dense)):  # proven on the whole model

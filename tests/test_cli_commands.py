@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_model import TEXT, write_tiny_llama
 from typer.testing import CliRunner, Result
@@ -102,6 +103,20 @@ def test_analyze_draws_one_block(folder: Path) -> None:
 def test_any_module_is_analyzed_through_a_factory() -> None:
     found = printed_json("analyze", "tiny_factory:perceptron")
     assert [(group["kind"], group["units"]) for group in found["groups"]] == [("ffn_channel", 12)]
+
+
+def test_any_module_is_pruned_through_a_factory(folder: Path) -> None:
+    """Its directory is no transformers model: what opens it is said, and what cannot says why."""
+    report = printed_json("prune", "tiny_factory:perceptron", "-o", "plain", "--ratio", "0.5")
+    assert report["realised_ratio"] == pytest.approx(0.5, abs=0.05)
+    module = torch.export.load(folder / "plain" / "model.pt2").module()
+    assert module(input=torch.zeros(7, 6)).shape == (7, 4)
+    said = {"check": "the directory holds a plain PyTorch", "trace": "the directory has no config"}
+    for command, words in said.items():
+        result = CliRunner().invoke(app, [command, "plain"])
+        assert result.exit_code == 2
+        assert f"error: {words}" in result.output
+    run("prune", "tiny_factory:perceptron", "-o", "plain", "--recipe", "magnitude", "--overwrite")
 
 
 def test_prune_writes_a_directory_and_says_what_it_cost(pruned: Result, folder: Path) -> None:

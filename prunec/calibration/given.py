@@ -15,6 +15,10 @@ from prunec.models.factory import import_object, raised_by
 
 Batch = dict[str, Tensor]
 LABELS = "labels"
+_REMEDIES = {
+    str: "prunec.calibration.calibrate([...], tokenizer, model=model) reads text and files",
+    dict: "put a module around the model whose forward takes tensors",
+}
 
 
 def call_loader(spec: str) -> Iterable[Any]:
@@ -153,7 +157,9 @@ def _tensor(value: Any, name: str, where: str) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value)
     raise CalibrationError(
-        f"{name} is a {type(value).__name__}, not a tensor", where=where, fix="torch.as_tensor"
+        f"{name} is a {type(value).__name__}, not a tensor",
+        where=where,
+        fix=_REMEDIES.get(type(value), "torch.as_tensor"),
     )
 
 

@@ -65,6 +65,7 @@ def analyze(
     With --importance the units of each group are ranked on calibration data, on the dense model.
 
     Example: prunec analyze smollm2 --why --svg coupling.svg
+
     Example: prunec analyze smollm2 --importance taylor --calibration notes.txt --set term=mixed
     """
     from prunec.cli.console import Screen

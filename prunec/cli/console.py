@@ -136,11 +136,14 @@ class Screen:
         *,
         words: Sequence[int] = (0,),
     ) -> None:
-        """A table. The columns `words` (by index) hold text, the others figures."""
+        """A table. The columns `words` (by index) hold text, the others figures.
+
+        Heads of figures take two lines: what they save in width the words have.
+        """
         table = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
             table.add_column(
-                column,
+                column if index in words else column.replace(" ", "\n", 1),
                 justify="left" if index in words else "right",
                 no_wrap=index not in words,
                 overflow="fold",

@@ -68,6 +68,7 @@ def save_result(
     max_shard_size: str = "1GB",
 ) -> None:
     """Write the directory, without the progress bars that transformers draws."""
+    from prunec.codegen.load_plain import PROGRAM, is_plain
     from prunec.models.quiet import quiet
 
     with quiet():
@@ -78,6 +79,11 @@ def save_result(
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             progress=progress,
+        )
+    if is_plain(out):
+        progress.message(
+            f"{out} opens with torch.export.load('{out / PROGRAM}').module(), and as the class "
+            "itself with prunec.load(directory, into=module)"
         )
 
 

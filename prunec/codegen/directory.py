@@ -26,7 +26,7 @@ def check_target(directory: Path, *, overwrite: bool = False, holds: str = "conf
     """Refuse early what `staged` would refuse: call it before hours of work.
 
     Args:
-        holds: the file by which a directory that may be replaced is known.
+        holds: the file by which a directory that may be replaced is known; prunec.json is another.
 
     Raises:
         ExportError: `directory` exists and may not be replaced, or cannot be created.
@@ -39,7 +39,7 @@ def check_target(directory: Path, *, overwrite: bool = False, holds: str = "conf
         if not directory.is_dir():
             raise ExportError("the output is a file", where=str(directory), fix="name a directory")
         inside = {path.name for path in directory.iterdir()}
-        if inside and holds not in inside:
+        if inside and inside.isdisjoint({holds, "prunec.json"}):
             raise ExportError(
                 "the output directory holds something else than a model",
                 where=str(directory),

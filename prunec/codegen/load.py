@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prunec.codegen.generated import FORMAT, pruned_class
+from prunec.codegen.load_plain import is_plain, load_into
 from prunec.errors import ModelError
 from prunec.models.checkpoint import NO_JSON
 from prunec.models.pretrained import as_model_errors, refuse_missing
@@ -25,11 +28,13 @@ _HUB = (
 )
 
 
-def load(directory: str | Path, **kwargs: Any) -> Any:
+def load(directory: str | Path, *, into: nn.Module | None = None, **kwargs: Any) -> Any:
     """Open a directory that prunec wrote, in eval mode. The code in it is not run.
 
     Args:
         directory: as `Result.save` wrote it.
+        into: of a plain module: the class's own, with the sizes it had before pruning. It is
+            changed: it gets the smaller sizes and the weights.
         kwargs: passed on to `from_pretrained`.
 
     Raises:
@@ -37,6 +42,8 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     """
     import transformers
 
+    if into is not None:
+        return load_into(into, Path(directory))
     config = read_config(Path(directory))
     named = config.get("architectures")
     name = str(named[0] if isinstance(named, list) and named else named).removeprefix("Prunec")
@@ -57,6 +64,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is no JSON object.
     """
+    if is_plain(directory):
+        raise ModelError(
+            "the directory holds a plain PyTorch module, whose class prunec does not know",
+            where=str(directory),
+            fix="in Python prunec.load(directory, into=module), or torch.export.load of model.pt2",
+        )
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, *NO_JSON) as error:

@@ -229,3 +229,8 @@ def _outcomes_at(
         twin = assemble(model, padded(model, sliced, sliced.weights), sliced.added).eval()
         outcomes = usable(twin, chosen)
     return outcomes
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a module is one of transformers' own kind, with a config and directories."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")

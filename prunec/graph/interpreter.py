@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from prunec.errors import TraceError, VerifyError
+from prunec.errors import CalibrationError, TraceError, VerifyError
 from prunec.graph.dims import Dim
 from prunec.graph.padding import Padding
 from prunec.graph.program import Program, source_line
@@ -261,7 +261,14 @@ class Stream:
 
         args = fx.map_arg(call.args, fetch)
         kwargs = fx.map_arg(call.kwargs, fetch)
-        result = call.target(*args, **kwargs)
+        try:
+            result = call.target(*args, **kwargs)
+        except IndexError as error:
+            raise CalibrationError(
+                f"the calibration addresses what the model does not have: {error}",
+                where=source_line(call.node),
+                fix="check its token ids, and that the tokenizer is the model's",
+            ) from error
         if call.select and isinstance(result, Tensor):
             return self.selection.take(result, self.layout.dims(call.node))
         return result

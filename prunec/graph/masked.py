@@ -308,6 +308,8 @@ _FILLS: dict[str, float] = {
             *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cosine_similarity"),
             *("sum", "nansum", "any", "count_nonzero", "cumsum", "linalg_vector_norm", "norm"),
             *("frobenius_norm", "_weight_norm", "_weight_norm_interface", "square_sum"),
+            *("lstm", "gru", "rnn_tanh", "rnn_relu"),
+            *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
         ),
         0.0,
     ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -65,6 +67,15 @@ def result_tensors(output: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in leaves if leaf.is_floating_point()) or tuple(leaves)
 
 
+def of_containers(output: Any) -> bool:
+    """Whether an output is tensors in tuples, lists and dicts alone, without a class of its own."""
+    if type(output) in (tuple, list):
+        return all(map(of_containers, output))
+    if type(output) is dict:
+        return all(map(of_containers, output.values()))
+    return isinstance(output, Tensor)
+
+
 def _plain(output: Any) -> Any:
     return dict(output) if isinstance(output, Mapping) else output
 
@@ -82,6 +93,7 @@ def trace(model: nn.Module, example: Example) -> Program:
     Raises:
         TraceError: if the model cannot be exported, with torch's reason.
     """
+    model = unwrapped(model)
     inputs = name_inputs(model, example)
     with torch.no_grad():
         exported = _export(model, _Positional(model, list(inputs)), inputs)
@@ -111,11 +123,46 @@ def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> P
     return program
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DataParallel: they add nothing to what it computes.
+
+    Raises:
+        TraceError: it is no nn.Module.
+    """
+    _check_module(model)
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            f"the model is a {type(model).__name__}, not an nn.Module",
+            fix="give the module itself; prunec.models.open_model opens one by name",
+        )
+
+
 def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    """Example inputs by the names of the model's forward arguments."""
+    """Example inputs by the names of the model's forward arguments.
+
+    Raises:
+        TraceError: they are no tensors, or more than forward takes.
+    """
+    given = example.values() if isinstance(example, Mapping) else example
+    tensors = [given] if isinstance(given, Tensor) else list(given or ())
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        kinds = ", ".join(type(tensor).__name__ for tensor in tensors) or type(example).__name__
+        raise TraceError(
+            f"the example inputs are no tensors: {kinds}",
+            where=type(model).__name__,
+            fix="give a tensor, a tuple of tensors, or a dict of them by the names of forward's "
+            "arguments; a forward that takes nested inputs needs a module around it that takes "
+            "tensors",
+        )
     if isinstance(example, Mapping):
         return dict(example)
-    tensors = [example] if isinstance(example, Tensor) else list(example)
     accepted = list(inspect.signature(model.forward).parameters)
     if len(tensors) > len(accepted):
         raise TraceError(
@@ -129,13 +176,12 @@ def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
 def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
     held = next((p.device for p in model.parameters() if not p.is_meta), None)
     arguments = tuple(value.to(held) for value in inputs.values())
-    training = model.training
-    wrapper.eval()
     try:
-        with traceable(model), _real_looking_parameters(wrapper) as mode:
+        with in_eval(wrapper), traceable(model), _real_looking_parameters(wrapper) as mode:
             if mode is not None:
                 arguments = tuple(mode.from_tensor(value) for value in arguments)
-            return _without_vmap(torch.export.export(wrapper, arguments, strict=False))
+            with _hushed():
+                return _without_vmap(torch.export.export(wrapper, arguments, strict=False))
     except Exception as error:  # export runs the model's own code, which may raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TraceError(
@@ -144,8 +190,32 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
             fix="export needs a forward without data-dependent Python control flow; check the "
             "example inputs, or name another forward to trace (docs/rules.md, Forwards)",
         ) from error
+
+
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; each of its parts afterwards in the mode that it was in."""
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
     finally:
-        model.train(training)
+        for part, training in before.items():
+            part.training = training
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without torch's own account of an export: what matters of it is in the error."""
+    before, internals = logging.root.manager.disable, vars(import_module("torch.export._trace"))
+    logging.disable(logging.ERROR)
+    internals["print"] = lambda *_, **__: None  # of the graph so far, twice, where export fails
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+        del internals["print"]
 
 
 def _without_vmap(exported: ExportedProgram) -> ExportedProgram:

@@ -73,6 +73,14 @@ class Recipe:
     constraints: Constraints = field(default_factory=Constraints)
     modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data decides anything; some criteria look at the weights alone."""
+        criterion, allocation, compensation = (getattr(self, part).build(part) for part in PARTS)
+        statistics = getattr(criterion, "statistics", None)  # of whole branches it has none
+        reads = statistics is None or bool(statistics | compensation.statistics)
+        return reads or bool(allocation.needs_data)
+
     def override(self, settings: Mapping[str, Scalar | Sequence[str]]) -> Recipe:
         """This recipe with other settings: ``{"importance": "wanda", "allocation.first": 0.1}``.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
+from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.dims import Dim, sum_of
 from prunec.graph.matrix import Matrix
@@ -88,7 +89,8 @@ class Site:
         producers: the weights that make the units, in graph order.
         end: the last call that reads units.
         start: from where on values are computed anew once units have gone, because what has passed
-            the site's first call, or a router, cannot be cut; None where cutting is enough.
+            the site's first call, a router or a recurrence cannot be cut; None where cutting is
+            enough.
     """
 
     name: str
@@ -169,6 +171,21 @@ def find_sites(
     joint = _sharing({group: [_key(read) for read in found] for group, found in heard.items()})
     sites += [finder.site(groups, [r for g in groups for r in heard[g]]) for groups in joint]
     return sorted(sites, key=finder.place), skipped
+
+
+def check_found(coupling: CouplingGraph, sites: Sequence[Site], skipped: Sequence[Skipped]) -> None:
+    """Raises PlanError where there are no sites, saying what stands in the way."""
+    if sites:
+        return
+    others = dict.fromkeys(group.kind for group in coupling.groups)
+    where = "; ".join(f"{item.group}: {item.reason}" for item in skipped[:3])
+    if others and not skipped:
+        where = f"its groups are of other kinds: {', '.join(others)} (--set units=KIND,...)"
+    raise PlanError(
+        "nothing can be pruned in this model",
+        where=where or None,
+        fix="see `prunec analyze --why`, in Python prunec.couple(...).pinned",
+    )
 
 
 def _key(product: Product) -> tuple[str, Matrix]:
@@ -307,11 +324,11 @@ class _Finder:
     def _start(self, groups: Sequence[Group], nodes: Sequence[fx.Node]) -> fx.Node | None:
         """The first value that cannot be cut once units are gone."""
         layout = self._coupling.layout
-        ranked = {group.dim.root for group in groups if group.dim.has("ranked")}
+        mixed = {g.dim.root for g in groups if g.dim.has("ranked") or g.dim.has("recurrent")}
         stale = [
             node
             for node in self._order
-            if ranked and node in layout.data and not ranked.isdisjoint(_leaves_of(layout, node))
+            if mixed and node in layout.data and not mixed.isdisjoint(_leaves_of(layout, node))
         ]
         places = sorted([*stale[:1], *nodes], key=self._order.__getitem__)
         return places[0] if len(places) > 1 else None

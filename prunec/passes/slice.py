@@ -230,6 +230,8 @@ def bound_module(program: Program) -> fx.GraphModule:
         bound = program.bindings.get(node.name) if node.op == "placeholder" else None
         if bound is not None:
             copies[node] = graph.get_attr(names[bound])
+        elif node.op == "placeholder":
+            copies[node] = graph.placeholder(program.inputs[node.name])
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     root = torch.nn.Module()

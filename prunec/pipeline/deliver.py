@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunec.codegen.fit import Reference
-from prunec.codegen.shrink import shrink
+from prunec.codegen.shrink import is_transformers, shrink
 from prunec.errors import ExportError, ModelError
 from prunec.events import Progress
 from prunec.graph.cost import flops, parameter_count
@@ -17,13 +17,13 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.retarget import on_device
 from prunec.graph.selection import Selection
 from prunec.models import example_inputs
+from prunec.passes.any_batch import as_graph
 from prunec.passes.depth import choose_branches, verify_dropped
 from prunec.passes.oracles.mask import in_single, like_state, verify_sliced
 from prunec.passes.plan import Plan
 from prunec.passes.slice import (
     Weights,
     added_parameters,
-    bound_module,
     slice_program,
     sliced_parameters,
 )
@@ -77,7 +77,7 @@ def deliver(
         with progress.task("compare with silenced branches"), clock("verify"):
             difference = verify_dropped(dense, plan.dropped)
         checks = (f"dropping equals silencing within {difference:.1e}",)
-    if not _is_transformers(model):
+    if not is_transformers(model):
         with progress.task("compare with the masked model"), clock("verify"):
             difference = verify_sliced(coupling, weights.selection, tensors)
         checks = (*checks, f"sliced equals masked within {difference:.1e}")
@@ -85,7 +85,7 @@ def deliver(
     sliced = sliced_parameters(coupling, weights.selection, tensors, stored)
     sliced = replace(sliced, skip={b.name: b.modules for b in choose_branches(dense, plan.dropped)})
     reference = _reference(coupling, weights.selection, tensors, plan)
-    if reference is not None and not weights.stored and _is_transformers(model):
+    if reference is not None and not weights.stored and is_transformers(model):
         with progress.task("compare with norms that know what is gone"), clock("verify"):
             difference = verify_sliced(coupling, weights.selection, tensors)
         checks = (*checks, f"sliced equals masked within {difference:.1e}")
@@ -94,11 +94,14 @@ def deliver(
         with clock("shrink and verify"):
             shrunk = shrink(model, sliced, example=example, reference=reference, progress=progress)
     except ExportError as error:
-        if _is_transformers(model):
+        if is_transformers(model):
             raise
-        checks = (*checks, f"delivered as a graph: {error.message}")
-        report = replace(report, checks=checks, seconds=clock.seconds)
-        return Result(bound_module(program), plan, report, program)
+        graph, free = as_graph(model, plan, program)
+        size = "any batch size" if free else "the batch size of the calibration alone"
+        said = f"delivered as a graph, for {size}: {error.message}"
+        progress.message(said[0].upper() + said[1:])
+        report = replace(report, checks=(*checks, said), seconds=clock.seconds)
+        return Result(graph, plan, report, program)
     report = replace(report, checks=(*checks, *shrunk.checks), seconds=clock.seconds)
     return Result(shrunk.model, plan, report, program, shrunk)
 
@@ -130,14 +133,10 @@ def _reference(
 def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Minimal inputs by keyword; the caller's own where they hold more, such as an image."""
     own = {name: tensor for name, tensor in given.items() if name != "attention_mask"}
-    if not _is_transformers(model):
+    if not is_transformers(model):
         return own
     try:
         made = example_inputs(model)
     except ModelError:
         return own
     return made if made.keys() >= {n for n, t in own.items() if t.is_floating_point()} else own
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")

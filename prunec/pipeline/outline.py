@@ -12,7 +12,7 @@ from prunec.graph.coupling import couple
 from prunec.graph.trace import Example, trace
 from prunec.passes.allocation.uniform import Allocation, Uniform
 from prunec.passes.recipe import Recipe
-from prunec.passes.sites import Skipped, find_sites
+from prunec.passes.sites import Skipped, check_found, find_sites
 from prunec.passes.statistics.prior import reads_no_input
 from prunec.passes.targets.goal import Goal, block_parameters
 from prunec.passes.targets.question import block_budget
@@ -52,6 +52,7 @@ def outline(
     coupling = couple(trace(model, example))
     parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
     sites, skipped = find_sites(coupling, recipe.units, by_weight=reads_no_input(*parts))
+    check_found(coupling, sites, skipped)
     goal = Goal.on(coupling, target)
     sites = recipe.constraints.free(goal.concerned(sites))
     allocation: Allocation = recipe.allocation.build("allocation")

@@ -12,8 +12,8 @@ from torch import nn
 import prunec
 from prunec.codegen.hf import save
 from prunec.codegen.hub import push
-from prunec.codegen.shrink import Shrunk
-from prunec.errors import ExportError
+from prunec.codegen.plain import save_plain
+from prunec.codegen.shrink import Shrunk, is_transformers
 from prunec.events import Progress, silent
 from prunec.graph.program import Program
 from prunec.passes.plan import Plan
@@ -91,7 +91,8 @@ class Result:
 
     Attributes:
         model: a module of the source's class with smaller weights; where its own forward cannot
-            take them, of a module that is no transformers model, the sliced graph.
+            take them, of a module that is no transformers model, the sliced graph; the report's
+            `checks` then say so, and whether it takes any batch size.
         plan: which units were kept.
         report: what was asked and done.
         program: the sliced graph.
@@ -116,18 +117,14 @@ class Result:
     ) -> None:
         """Write a directory that ``from_pretrained`` opens without prunec.
 
+        A module that is no transformers model gets a directory that ``torch.export.load`` opens
+        without prunec and `prunec.load(directory, into=module)` with it (`prunec.codegen.plain`).
         It is written beside its place, reopened in a fresh process and compared, then renamed.
 
         Raises:
-            ExportError: the directory exists, cannot be written, or the model is no transformers
-                model.
+            ExportError: the directory exists or cannot be written.
             VerifyError: the reopened model differs; nothing is left behind.
         """
-        if self.shrunk is None:
-            raise ExportError(
-                "only models of transformers can be saved as a directory",
-                fix="save result.model's state_dict, or use result.program",
-            )
         metadata = {
             "prunec": prunec.__version__,
             "base_model": base_model,
@@ -136,6 +133,17 @@ class Result:
             "recipe": None if self.report.recipe is None else self.report.recipe.to_dict(),
             "metrics": dict(metrics or {}),
         }
+        if self.shrunk is None or not is_transformers(self.model):
+            save_plain(
+                self.model,
+                Path(directory),
+                example=self.program.example,
+                shrunk=self.shrunk,
+                metadata=metadata,
+                overwrite=overwrite,
+                progress=progress,
+            )
+            return
         save(
             self.shrunk,
             Path(directory),

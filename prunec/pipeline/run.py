@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from prunec.calibration import Calibration
 from prunec.calibration.given import Batch
-from prunec.errors import PlanError
+from prunec.errors import ModelError, PlanError
 from prunec.events import Progress
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.retarget import on_device
 from prunec.graph.trace import Loss, trace
 from prunec.graph.waiting import Place, place_named
+from prunec.models import example_inputs
 from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.compensation.closed_form import Compensation
 from prunec.passes.distributed import processes
@@ -93,8 +94,25 @@ class Run:
         if self.calibration is None:
             if self.saved:
                 return []
-            raise PlanError("there are no calibration batches", fix="give at least one")
+            return [self._example()]
         return model_inputs(self.model, self.calibration, self.loss)
+
+    def _example(self) -> Batch:
+        """Inputs to trace with, where no data is looked at.
+
+        Raises:
+            PlanError: it is looked at, or the model is not one whose inputs are known.
+        """
+        fix = "calibration=prunec.calibration.calibrate([...], tokenizer, model=model), or batches"
+        if self.recipe.needs_data or self.aim.kind == "latency":
+            raise PlanError(f"{self.recipe.name} needs calibration data", fix=fix)
+        try:
+            return example_inputs(self.model)
+        except ModelError as error:
+            raise PlanError(
+                f"there is nothing to trace {type(self.model).__name__} with",
+                fix="calibration=[inputs], one batch of them by name",
+            ) from error
 
     @cached_property
     def samples(self) -> tuple[Batch, ...]:

@@ -21,7 +21,7 @@ from prunec.passes.distributed import processes
 from prunec.passes.plan import Plan
 from prunec.passes.prune import prune_sites
 from prunec.passes.setup import Setup
-from prunec.passes.sites import Site, Skipped, find_sites
+from prunec.passes.sites import Site, Skipped, check_found, find_sites
 from prunec.passes.slice import Weights, weights_of
 from prunec.passes.statistics.dense import dense_sites
 from prunec.passes.statistics.prior import prior_statistics, reads_no_input
@@ -111,6 +111,7 @@ def _sites(run: Run) -> tuple[CouplingGraph, list[Site], list[Skipped]]:
         if run.compensation.bias:
             coupling = couple(with_biases(coupling.program, sites))
             sites, skipped = find_sites(coupling, run.recipe.units)
+    check_found(coupling, sites, skipped)
     return coupling, sites, skipped
 
 

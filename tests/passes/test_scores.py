@@ -142,7 +142,7 @@ def test_what_is_no_scores_is_refused_before_work(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
     with pytest.raises(PlanError, match="cannot save scores here"):
         prune(calibration=data(), scores=tmp_path / "absent" / "a")
-    with pytest.raises(PlanError, match="no calibration batches"):
+    with pytest.raises(PlanError, match="needs calibration data"):
         prune(scores=tmp_path / "new")
 
 

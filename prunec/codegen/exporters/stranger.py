@@ -130,6 +130,7 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     import torch
     from safetensors.torch import load_file, save_file
+    from torch.utils._pytree import tree_leaves
 
     sys.meta_path.insert(0, Without(job["hidden"]))
     torch.set_num_threads(job["threads"])
@@ -139,7 +140,7 @@ def main(folder: Path) -> None:
     with torch.no_grad():
         for case, names in job["cases"].items():
             inputs = {name: tensors[f"{case}/{name}"] for name in names}
-            outputs[case] = run(inputs).contiguous()
+            outputs[case] = tree_leaves(run(inputs))[0].contiguous()
         if job["greedy"]:
             outputs["greedy"] = greedy(run, inputs["input_ids"][:1], job["greedy"])
     save_file(outputs, folder / "outputs.safetensors")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from prunec.codegen.battery import FORWARD_ERRORS, difference, resized, tolerance
 from prunec.errors import TraceError
-from prunec.graph.trace import result_tensors
+from prunec.graph.trace import of_containers, result_tensors
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,15 @@ class Traced:
         return [f"{free} is dynamic; all other sizes are fixed: {shapes}"]
 
 
-def trace_dynamic(model: nn.Module, example: Mapping[str, Tensor]) -> Traced:
+def trace_dynamic(
+    model: nn.Module, example: Mapping[str, Tensor], *, whole: bool = False
+) -> Traced:
     """Trace with a free batch and sequence; where the model does not allow it, with fewer.
 
     torch.export may specialise in silence: what it claims to hold for is run and compared.
+
+    Args:
+        whole: the program returns what the model does, and not its logits alone.
 
     Raises:
         TraceError: with fixed sizes it fails too.
@@ -60,7 +66,7 @@ def trace_dynamic(model: nn.Module, example: Mapping[str, Tensor]) -> Traced:
     inputs = dict(example)
     if "input_ids" in inputs and "attention_mask" in inspect.signature(model.forward).parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    wrapped, reason = named_forward(model, list(inputs)), "no way of tracing was tried"
+    wrapped, reason = named_forward(model, list(inputs), whole=whole), "no way of tracing was tried"
     choices = [("batch", "sequence"), ("batch",), ()] if _tokens(inputs) else [("batch",), ()]
     for dynamic in choices:
         cases = dict(_cases(model, inputs, dynamic))
@@ -93,13 +99,20 @@ def _torch_operators(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def named_forward(model: nn.Module, names: list[str]) -> nn.Module:
-    """The model as a function of just these inputs, by name, that returns its first result."""
+def named_forward(model: nn.Module, names: list[str], *, whole: bool = False) -> nn.Module:
+    """The model as a function of just these inputs, by name, that returns its first result.
+
+    With `whole` it returns everything, as the model does; what comes in classes of the user's own
+    as a tuple, since a program knows none.
+    """
     accepts = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepts else {}
 
-    def forward(self: Any, **inputs: Tensor) -> Tensor:
-        return result_tensors(self.model(**inputs, **extra))[0]
+    def forward(self: Any, **inputs: Tensor) -> Any:
+        output = self.model(**inputs, **extra)
+        if whole:
+            return output if of_containers(output) else tuple(_leaves(output))
+        return result_tensors(output)[0]
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(n, kind) for n in ("self", *names)])
@@ -152,15 +165,25 @@ def _disagreement(program: Any, model: nn.Module, cases: Mapping[str, Inputs]) -
     limit = tolerance(model)
     for name, inputs in cases.items():
         try:
-            wanted = expected(model, inputs)
+            wanted = results(model, inputs)
         except FORWARD_ERRORS as error:
             log.info("case %r does not apply: %s", name, error)
             continue
-        with torch.no_grad():
-            gap = difference([unpadded(program(**inputs), inputs)], [wanted])
+        gap = difference(results(program, inputs), wanted)
         if not gap <= limit:
             return f"{name}: the exported program is off by {gap:.1e}"
     return None
+
+
+@torch.no_grad()
+def results(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors that the module gives, where there is no padding."""
+    return [unpadded(leaf, inputs) for leaf in _leaves(module(**inputs))]
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    plain = list(output.values()) if isinstance(output, Mapping) else output
+    return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()

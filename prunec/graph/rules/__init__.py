@@ -2,7 +2,17 @@
 
 from functools import cache
 
-from prunec.graph.rules import contract, create, cut, index, layout, norm, pointwise, spatial
+from prunec.graph.rules import (
+    contract,
+    create,
+    cut,
+    index,
+    layout,
+    norm,
+    pointwise,
+    recurrent,
+    spatial,
+)
 from prunec.graph.rules.registry import RULES, Call, Domain, Resized, Rule, Rules, Value
 from prunec.registry import names, plugin
 
@@ -22,6 +32,7 @@ __all__ = [
     "layout",
     "norm",
     "pointwise",
+    "recurrent",
     "spatial",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from prunec.errors import VerifyError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.masked import run_masked
+from prunec.graph.program import source_line
 from prunec.graph.selection import Selection
 from prunec.passes.slice import pad_state, slice_program
 
@@ -80,9 +81,27 @@ def verify_sliced(
     sliced = like_state(coupling, sliced)
     difference = slicing_difference(coupling, selection, sliced, coupling.program.example)
     if not difference <= tolerance:
+        _check_reproducible(coupling)
         raise VerifyError(
             f"the sliced model differs from the masked one by {difference:.2g} (relative)",
             so="nothing was written",
             fix="please report the model: a dim rule is wrong",
         )
     return difference
+
+
+def _check_reproducible(coupling: CouplingGraph) -> None:
+    """Raises VerifyError for a model that draws random numbers, of which nothing can be proven."""
+    program = coupling.program
+    first, second = (program.run(None, **program.example) for _ in range(2))
+    if torch.equal(first, second):
+        return
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    random = torch.Tag.nondeterministic_seeded
+    drawn = next((node for node in calls if random in getattr(node.target, "tags", ())), None)
+    raise VerifyError(
+        "the model gives other numbers each time it is called",
+        where=None if drawn is None else source_line(drawn),
+        so="a smaller one cannot be compared with it, and nothing was written",
+        fix="let its forward draw no random numbers in eval mode: if self.training: ...",
+    )

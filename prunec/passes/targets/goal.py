@@ -116,11 +116,19 @@ def block_parameters(coupling: CouplingGraph, counts: Counts | None = None) -> d
 
 
 def _blocks(coupling: CouplingGraph) -> dict[str, list[str]]:
-    """Names of the parameters by block; a list of mere vectors, such as norms, is no block."""
+    """Names of the parameters by block; of a list, only where whole groups lie in its modules.
+
+    The norms of several layers, or the layers of a perceptron, are lists but no blocks.
+    """
     names = [name for name in coupling.layout.parameters if name in coupling.program.parameters]
-    found, state = blocks_of(names), coupling.program.state
-    with_matrices = any(state[name].ndim > 1 for inside in found.values() for name in inside)
-    return found if with_matrices else {"": names}
+    lists = {_list_of(group.block) for group in coupling.groups if group.block}
+    found = blocks_of(names).items()
+    return {block: inside for block, inside in found if _list_of(block) in lists} or {"": names}
+
+
+def _list_of(block: str) -> str:
+    """The module that a repeated block is an item of."""
+    return block.rpartition(".")[0]
 
 
 def amount(kind: str, value: float) -> str:
