@@ -27,7 +27,26 @@ class Read(nn.Module):
 
 def test_an_lstm_of_two_layers() -> None:
     model = Read(nn.LSTM(6, 8, num_layers=2, batch_first=True), 8)
-    assert_expected_inline(checked(model, SEQUENCE), """""")
+    assert_expected_inline(
+        checked(model, SEQUENCE),
+        """\
+ffn_channel 8: layer.weight_ih_l0[0] layer.weight_hh_l0[0] layer.weight_hh_l0[1]
+    layer.bias_ih_l0[0] layer.bias_hh_l0[0] layer.weight_ih_l1[0] layer.weight_ih_l1[1]
+    layer.weight_hh_l1[0] layer.weight_hh_l1[1] layer.bias_ih_l1[0] layer.bias_hh_l1[0]
+    head.weight[1]
+pinned layer.weight_ih_l0[0] 4: a gate
+pinned layer.weight_ih_l0[1] 6: an axis of the input
+pinned layer.weight_hh_l0[0] 4: a gate
+pinned layer.bias_ih_l0[0] 4: a gate
+pinned layer.bias_hh_l0[0] 4: a gate
+pinned layer.weight_ih_l1[0] 4: a gate
+pinned layer.weight_hh_l1[0] 4: a gate
+pinned layer.bias_ih_l1[0] 4: a gate
+pinned layer.bias_hh_l1[0] 4: a gate
+pinned head.weight[0] 4: an axis of the output
+pinned head.bias[0] 4: an axis of the output
+""",
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

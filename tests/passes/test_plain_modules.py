@@ -315,7 +315,10 @@ def test_the_layers_of_a_perceptron_are_no_blocks() -> None:
 def test_wrappers_of_torch_are_taken_off() -> None:
     data = [{"image": IMAGE}]
     plain = prunec.prune(redrawn(Residual()), recipe="magnitude", calibration=data)
-    for wrapped in (torch.compile(redrawn(Residual())), nn.DataParallel(redrawn(Residual()))):
+    for wrapped in (
+        torch.compile(redrawn(Residual()), backend="eager"),
+        nn.DataParallel(redrawn(Residual())),
+    ):
         result = prunec.prune(wrapped, recipe="magnitude", calibration=data)
         assert type(result.model) is Residual
         torch.testing.assert_close(result.model(IMAGE), plain.model(IMAGE))
@@ -336,7 +339,7 @@ class Noisy(nn.Module):
 def test_a_random_forward_is_told_so() -> None:
     with pytest.raises(VerifyError, match="other numbers each time") as caught:
         prunec.prune(Noisy(), recipe="magnitude", calibration=[{"x": torch.randn(4, 6)}])
-    assert "torch.randn_like(y)" in str(caught.value)
+    assert "aten.randn_like.default, (test_plain_modules.py:" in str(caught.value)
 
 
 class Undecided(nn.Module):

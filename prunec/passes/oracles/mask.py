@@ -101,7 +101,7 @@ def _check_reproducible(coupling: CouplingGraph) -> None:
     drawn = next((node for node in calls if random in getattr(node.target, "tags", ())), None)
     raise VerifyError(
         "the model gives other numbers each time it is called",
-        where=None if drawn is None else source_line(drawn),
+        where=None if drawn is None else f"{drawn.target}, {source_line(drawn).strip()}",
         so="a smaller one cannot be compared with it, and nothing was written",
         fix="let its forward draw no random numbers in eval mode: if self.training: ...",
     )
