@@ -15,7 +15,7 @@ from prunec.models.factory import import_object, raised_by
 
 Batch = dict[str, Tensor]
 LABELS = "labels"
-_REMEDIES = {
+_REMEDIES: dict[type, str] = {
     str: "prunec.calibration.calibrate([...], tokenizer, model=model) reads text and files",
     dict: "put a module around the model whose forward takes tensors",
 }

@@ -92,7 +92,7 @@ class ModelDirectory:
     @cached_property
     def model(self) -> nn.Module:
         """The model, in eval mode."""
-        typed = {} if self.dtype is None else {"dtype": self.dtype}
+        typed: dict[str, Any] = {} if self.dtype is None else {"dtype": self.dtype}
         model: nn.Module = load(self.path, **typed).requires_grad_(False)
         align(model)  # as the engine's process does: its addresses decide the last bits
         return model
