@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from prunec.codegen import modeling_prunec, modeling_skipped
 from prunec.codegen.attributes import config_field
@@ -54,12 +55,20 @@ def adopt(model: Any, attributes: Attributes, fields: ConfigFields) -> None:
         for name in ("prunec", "auto_map"):
             vars(config).pop(name, None)
         model.__class__ = stock
+        _save_as(_built(model), model)
         return
     config.prunec = table(model, attributes)
     config.auto_map = auto_map(model)
     model.__class__ = pruned_class(stock)
     config.architectures = [type(model).__name__]
     _say_layers(config, fields)
+
+
+def _save_as(stock: nn.Module, model: nn.Module) -> None:
+    """Leave out of the file the buffers that the stock class makes by itself."""
+    for path, module in stock.named_modules():
+        own = model.get_submodule(path)
+        own._non_persistent_buffers_set |= module._non_persistent_buffers_set & own._buffers.keys()
 
 
 def auto_map(model: Any) -> dict[str, str]:

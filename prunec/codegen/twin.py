@@ -34,19 +34,27 @@ def assemble(
 
     Args:
         model: the dense model, which may be on meta; not mutated.
-        tensors: new parameters and buffers by name, of any shape; unnamed ones are copied.
+        tensors: new parameters and buffers by name, of any shape; unnamed ones are copied. A buffer
+            of another shape is saved with the copy, as its class would make one of the old shape.
         added: parameters that `model` lacks.
         keep_layers: for module lists, by path, the children that the copy has; the others go.
     """
     memo: dict[int, object] = {}
+    resized = set()
     for name, old in tensors_of(model).items():
         if name in tensors and id(old) not in memo:
-            memo[id(old)] = _like(old, tensors[name])
+            memo[id(old)] = new = _like(old, tensors[name])
+            if new.shape != old.shape:
+                resized.add(id(new))
     for path, kept in (keep_layers or {}).items():
         layers = model.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
         memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[index], memo) for index in kept)
     made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        module._non_persistent_buffers_set -= {
+            leaf for leaf, buffer in module._buffers.items() if id(buffer) in resized
+        }
     for name, tensor in (added or {}).items():
         _add(made, name, tensor)
     return made

@@ -25,7 +25,7 @@ class Program:
         parameters: names of the bound tensors that are parameters (trainable or not).
         tied: other names of a parameter -> its canonical name.
         example: the inputs the program was traced with; the graph holds for their shapes only.
-        buffers: names of the bound tensors that are buffers saved with the model.
+        buffers: names of the bound tensors that are buffers (saved with the model or not).
         vacant: names of parameters that the model's modules have a place for but lack, such as
             the bias of a linear layer without one.
     """

@@ -288,7 +288,7 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         bindings[placeholder] = name
         state[name] = owned[name] if name in owned else constants[source]
     parameters = {canonical[name] for name, _ in model.named_parameters(remove_duplicate=False)}
-    saved = {canonical[name] for name in model.state_dict() if name in canonical}
+    buffers = {canonical[name] for name, _ in model.named_buffers(remove_duplicate=False)}
     _return_only(graph_module.graph, set(signature.user_outputs))
     inline(graph_module)
     _clean(graph_module.graph)
@@ -301,7 +301,7 @@ def _program(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, T
         parameters=frozenset(parameters & set(state)),
         tied={name: first for name, first in canonical.items() if name != first},
         example=inputs,
-        buffers=frozenset((saved - parameters) & set(state)),
+        buffers=frozenset((buffers - parameters) & set(state)),
         vacant=frozenset(
             f"{path}.{name}"
             for path, module in model.named_modules()

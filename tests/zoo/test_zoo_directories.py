@@ -14,7 +14,8 @@ from zoo.deliver import deliver
 # one of every way in which sub-layers differ from layer to layer in a directory
 DELIVERED = (
     *("gpt2", "gptj", "olmo2", "falcon", "llama", "mixtral", "deepseek_v2", "gpt_oss", "jetmoe"),
-    *("mamba", "mamba2", "bamba", "lfm2", "rwkv", "xlnet", "encoder/bert", "seq2seq/bart"),
+    *("mamba", "mamba2", "bamba", "falcon_h1", "lfm2", "rwkv", "xlnet", "encoder/bert"),
+    "seq2seq/bart",
     *("vision/vit", "vision/resnet", "vision/convnext", "audio/wav2vec2", "image/internvl"),
 )
 
