@@ -29,6 +29,17 @@ def sibling(path: Path) -> Iterator[Path]:
         yield folder
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _private(f".{path.name}.{_MARK}", path.absolute().parent) as folder:
+        (folder / path.name).write_bytes(content)
+        (folder / path.name).replace(path)
+
+
 @contextmanager
 def temporary(place: Path | None = None) -> Iterator[Path]:
     """A private folder in ``place``, by default where temporary files are; gone afterwards.

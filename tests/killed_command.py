@@ -71,7 +71,7 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    given = (list(arguments), str(log), file_limit, dict(os.environ))
+    given = (list(arguments), str(log), file_limit, dict(os.environ), str(Path.cwd()))
     process = context.Process(target=_command, args=given)
     process.start()
     assert process.pid is not None
@@ -88,9 +88,12 @@ def run(
     return Run(None if killed else process.exitcode, seconds, said)
 
 
-def _command(arguments: list[str], log: str, file_limit: int, environment: dict[str, str]) -> None:
+def _command(
+    arguments: list[str], log: str, file_limit: int, environment: dict[str, str], folder: str
+) -> None:
     os.setpgrp()
-    os.environ.update(environment)  # the server has that of the first test
+    os.environ.update(environment)  # the server has those of the first test
+    os.chdir(folder)
     tempfile.tempdir = None
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""`prunec prune` killed at any moment, or its disk full: no partial output; resumed, the same bytes."""
+"""Commands killed at any moment, or their disk full: no partial output; resumed, the same bytes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,15 @@ class Place:
         self._before = self._names()
 
     def prune(self, *options: str, **faults: Any) -> Run:
-        return run([*self._command, *options], self._log, **faults)
+        return self.run(*self._command, *options, **faults)
+
+    def run(self, *command: str, **faults: Any) -> Run:
+        return run(command, self._log, **faults)
+
+    def files(self) -> set[str]:
+        """Paths of what is there, input and all."""
+        inside = (path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(self.folder)) for path in inside}
 
     def prune_here(self, *options: str, code: int = 0) -> str:
         """What it says in this process."""
@@ -121,6 +129,41 @@ def test_a_run_killed_at_random_is_resumed_to_the_same_bytes(place: Place, kills
             assert resumed.code == 0, resumed.said
         assert place.take() == content, (number, killed.said)
     assert kills < 100 or (met & FITTING and met & WRITING), met
+
+
+COMMANDS = {
+    "export": ("export", "small", "--to", "gguf", "-o", "new/there.gguf"),
+    "eval": ("eval", "model", "--ppl", "text", "--window", "16", "--json", "there.json"),
+    "recover": ("recover", "small", "-o", "new/there", "--data", "text", "--method", "full",
+        "--steps", "2", "--set", "seq_len=16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_what_is_killed_leaves_nothing_in_sight_and_is_done_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch, command: str, kills: int
+) -> None:
+    place.out = place.folder / "small"
+    place.prune_here()
+    monkeypatch.chdir(place.folder)
+    before, draw = place.files(), random.Random(kills)
+    done = place.run(*COMMANDS[command])
+    assert done.code == 0, done.said
+    whole = place.files()
+    for number in range(kills):
+        for name in sorted(whole - before):
+            (place.folder / name).unlink()
+        place.run(*COMMANDS[command], kill_after=(number + draw.random()) / kills * done.seconds)
+        seen = {name for name in place.files() if "/." not in f"/{name}"}
+        assert seen in (before, whole), seen
+        (place.folder / "there.json").unlink(missing_ok=True)
+        shutil.rmtree(place.folder / "new" / "there", ignore_errors=True)
+        (place.folder / "new" / "there.gguf").unlink(missing_ok=True)
+        again = place.run(*COMMANDS[command])
+        assert again.code == 0, again.said
+        assert place.files() == whole
+        assert not place.temporary
 
 
 @pytest.fixture

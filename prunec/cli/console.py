@@ -26,6 +26,7 @@ from rich.text import Text
 
 from prunec.errors import ExportError
 from prunec.events import Task, duration
+from prunec.staging import write_whole
 
 PIPE_WIDTH = 120
 LIVE_ROWS = 12
@@ -185,12 +186,7 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.encode("utf-8"))
 
 
 def _console(*, stderr: bool, quiet: bool) -> Console:

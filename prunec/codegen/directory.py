@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,14 +158,13 @@ def _replace(temporary: Path, directory: Path) -> None:
     if not directory.exists():
         temporary.rename(directory)
     elif not _exchange(temporary, directory):
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        directory.rename(aside)
-        try:
-            temporary.rename(directory)
-        except BaseException:
-            aside.rename(directory)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with sibling(directory) as aside:
+            old = directory.rename(aside / directory.name)
+            try:
+                temporary.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -97,6 +97,24 @@ def test_prune_trains_what_is_left_as_recover_does(folder: Path) -> None:
     assert not [path for path in folder.iterdir() if path.name.startswith(".chained")]
 
 
+def test_a_recovery_killed_before_it_tidied_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output has its name already, and the checkpoints are there."""
+    again = ("recover", "small", "-o", "new/deep/again", "--data", "text.txt", *TRAIN)
+    with monkeypatch.context() as patch:
+        patch.setattr("prunec.passes.checkpoint.remove_progress", lambda _: None)
+        run(*again)
+    place = folder / "new" / "deep"
+    assert {path.name for path in place.iterdir()} == {"again", ".again.recovery"}
+    content = (place / "again" / "model.safetensors").read_bytes()
+    said = " ".join(run(*again, "--resume").stderr.split())
+    assert "From its progress the same is written again" in said
+    assert [path.name for path in place.iterdir()] == ["again"]
+    assert (place / "again" / "model.safetensors").read_bytes() == content
+    shutil.rmtree(folder / "new")
+
+
 def test_eval_compares_with_the_first(folder: Path) -> None:
     dense, mended = json.loads((folder / "eval.json").read_text())
     assert "divergences" not in dense
@@ -113,7 +131,7 @@ def test_bad_input_is_one_message(folder: Path) -> None:
         (("recover", "small"), "no output directory"),
         (("recover", "small", "-o", "mended"), "the output directory exists"),
         (("recover", "small", "-o", "x", "--set", "rnak=3"), "no setting 'rnak'"),
-        (("recover", "small", "-o", "x", "--data", "absent.txt", *TRAIN), "no such text file"),
+        (("recover", "small", "-o", "new/deep/x", "--data", "absent.txt", *TRAIN), "no such text"),
         (("recover", "small", "-o", "x", "--method", "lroa"), "no recovery method"),
         (
             ("recover", "small", "-o", "x", "--data", "text.txt", "--resume", *TRAIN),

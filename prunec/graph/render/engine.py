@@ -8,10 +8,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from prunec import staging
 from prunec.errors import ExportError
 
 TIMEOUT_SECONDS = 300
@@ -83,17 +82,6 @@ def write_whole(path: Path, content: bytes) -> None:
         ExportError: if the directory does not exist or the disk refuses.
     """
     try:
-        with _temporary_beside(path) as temporary:
-            temporary.write_bytes(content)
-            temporary.replace(path)
+        staging.write_whole(path, content)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
