@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
@@ -61,25 +60,27 @@ def listed(table: dict[str, Any], kind: str, prefix: str) -> Iterator[tuple[str,
 
 
 def resize(model: Any, table: dict[str, Any], prefix: str = "") -> None:
-    """Give a freshly built stock model the sizes of `table`. Names there start with `prefix`."""
-    fresh = {}
+    """Give a freshly built stock model the sizes of `table`. Names there start with `prefix`.
+
+    Their numbers, which `from_config` keeps, are the first of those that the stock class drew: at
+    sizes that its config does not say it may fail to.
+    """
     for name, shape in [*listed(table, "shapes", prefix), *listed(table, "added", prefix)]:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        like = getattr(module, leaf, None)
-        if like is None:  # an added parameter takes after the module's others
-            like = next(module.parameters(recurse=False))
-        tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+        own = getattr(module, leaf, None)
+        # an added parameter takes after the module's others
+        like = next(module.parameters(recurse=False)) if own is None else own
+        tensor = like.new_zeros(shape)
+        if own is not None:
+            first = own.detach()[tuple(map(slice, shape))]
+            tensor[tuple(map(slice, first.shape))] = first
         if leaf in module._buffers:
             module.register_buffer(leaf, tensor)
         else:
             module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))
-        fresh[path] = module
     for path, values in listed(table, "attrs", prefix):
         set_attributes(model.get_submodule(path), values)
-    for module in fresh.values():  # `from_config` keeps these numbers, `from_pretrained` does not
-        if all(not p.is_meta for p in module.parameters(recurse=False)):
-            model._init_weights(module)
 
 
 class Pruned(nn.Module):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 
 from prunec.codegen.gate import reopen
 from zoo import configs
@@ -20,14 +22,46 @@ DELIVERED = (
 )
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_operator_family_reopens_in_one_process(tmp_path: Path) -> None:
-    """Every kind of sub-layer smaller, otherwise in each layer; the same logits to the bit."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of sub-layer smaller, otherwise in each layer."""
+    folder = tmp_path_factory.mktemp("delivered")
     for name in DELIVERED:
         with torch.random.fork_rng(devices=[]):
             model = configs.build(name)
-        record = deliver(model, configs.inputs_of(name, model), tmp_path / name)
+        record = deliver(model, configs.inputs_of(name, model), folder / name)
         assert record["status"] == "written", (name, record)
         assert not record["refused"], (name, record["refused"])
-    found = dict(zip(DELIVERED, reopen([tmp_path / name for name in DELIVERED]), strict=True))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_operator_family_reopens_in_one_process(folder: Path) -> None:
+    """The same logits to the bit."""
+    found = dict(zip(DELIVERED, reopen([folder / name for name in DELIVERED]), strict=True))
     assert not any(found.values()), {name: what for name, what in found.items() if what}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_class_begins_anew_from_its_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the delivered sizes, and with finite numbers; on meta too."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "code"))
+    for name in DELIVERED:
+        directory = folder / name / "model"
+        config = transformers.AutoConfig.from_pretrained(directory)
+        auto = getattr(transformers, next(iter(config.auto_map)))
+        model = auto.from_config(config, trust_remote_code=True)
+        saved = {}
+        for file in directory.glob("*.safetensors"):
+            with safe_open(file, "pt") as held:
+                saved |= {key: held.get_slice(key).get_shape() for key in held.keys()}  # noqa: SIM118
+        made = model.state_dict()
+        assert {key: list(made[key].shape) for key in saved} == saved, name
+        assert all(bool(tensor.isfinite().all()) for tensor in made.values()), name
+        with torch.device("meta"):
+            empty = auto.from_config(config, trust_remote_code=True)
+        assert {key: t.shape for key, t in empty.state_dict().items()} == {
+            key: t.shape for key, t in made.items()
+        }, name
