@@ -198,7 +198,8 @@ def totals_after(
             break
         given = whole_units(account, goal.measure, constraints)
         sums = np.unique(totals[:, None] + given)
-        sums = sums[sums <= goal.remove + goal.tolerance]
+        # Of totals beyond the goal none but the first can be the nearest.
+        sums = sums[: np.searchsorted(sums, goal.remove + goal.tolerance, "right") + 1]
         # Of totals that nobody can tell apart one is enough.
         _, first = np.unique(np.floor(sums / goal.tolerance * 64), return_index=True)
         totals = sums[first]

@@ -57,6 +57,9 @@ class Budget:
         self._totals_after = (
             totals_after(ordered, goal, constraints, self._left_out) if apart else {}
         )
+        # A curve goes through some of the numbers of two groups: which, is known when it is there.
+        single = all(len(a.site.groups) == 1 or a.most <= 0 for a in accounts.values())
+        self._looks_ahead = single and self._totals_after.keys() == accounts.keys()
 
     @property
     def rounding(self) -> float:
@@ -181,10 +184,15 @@ class Budget:
                 if kind == "ratio"
                 else f"{amount(kind, of - self.removed)} left ({1 - self.removed / of:.2%})"
             )
+            said = (
+                "the nearest that these units and constraints come to is"
+                if self._looks_ahead
+                else "in the order in which they were ranked the units come to"
+            )
             raise PlanError(
                 f"{amount(kind, self.goal.remove)} were to go, "
                 f"whole units come to {amount(kind, self.removed)}",
-                so=f"the nearest that these units and constraints come to is {reached}",
+                so=f"{said} {reached}",
                 fix="ask for that, let finer units be pruned, or loosen the constraints",
             )
 
