@@ -82,6 +82,26 @@ def fit(
     return _fit_on(WHOLE, found, model, sliced, example, reference)
 
 
+def misfit(model: nn.Module, sliced: Sliced, example: Mapping[str, Tensor]) -> str | None:
+    """Why no numbers make the module fit, as one check on a few layers shows; None where some may.
+
+    A look ahead: what passes here can still fail in `fit`. Only shapes are read of the weights.
+    """
+    found = candidates(model, sliced)
+    layers = representative_layers(model, found)
+    short, part = reduced(model, sliced, layers)
+    drawn = redraw(short, part)
+    twin = _twin(short, drawn, lazily=any(p.is_meta for p in model.parameters())).eval()
+    with attribute_reads(twin) as reads:
+        wanted = usable(twin, checks(twin, example, (own_shape(example),))[:1])
+    bench = Bench(assemble(short, drawn.weights, drawn.added).eval(), layers, wanted)
+    try:
+        search([c for c in found if _is_read(c, layers, reads)], bench.judge)
+    except ExportError as error:
+        return error.so
+    return None
+
+
 def _fit_on(
     layers: Layers,
     found: Sequence[Candidate],

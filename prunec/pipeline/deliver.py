@@ -89,7 +89,7 @@ def deliver(
         with progress.task("compare with norms that know what is gone"), clock("verify"):
             difference = verify_sliced(coupling, weights.selection, tensors)
         checks = (*checks, f"sliced equals masked within {difference:.1e}")
-    example = program.example if reference else _shrink_example(model, program.example)
+    example = program.example if reference else shrink_example(model, program.example)
     try:
         with clock("shrink and verify"):
             shrunk = shrink(model, sliced, example=example, reference=reference, progress=progress)
@@ -130,7 +130,7 @@ def _reference(
     return run
 
 
-def _shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def shrink_example(model: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Minimal inputs by keyword; the caller's own where they hold more, such as an image."""
     own = {name: tensor for name, tensor in given.items() if name != "attention_mask"}
     if not is_transformers(model):

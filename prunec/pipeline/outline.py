@@ -17,6 +17,7 @@ from prunec.passes.statistics.prior import reads_no_input
 from prunec.passes.targets.goal import Goal, block_parameters
 from prunec.passes.targets.question import block_budget
 from prunec.passes.targets.target import Target
+from prunec.pipeline.foresight import check_class
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def outline(
 
     Raises:
         PlanError: the target cannot be reached.
+        ExportError: the model's class can do without no unit of a kind that may go.
     """
     coupling = couple(trace(model, example))
     parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
@@ -55,6 +57,7 @@ def outline(
     check_found(coupling, sites, skipped)
     goal = Goal.on(coupling, target)
     sites = recipe.constraints.free(goal.concerned(sites))
+    check_class(model, coupling, sites, recipe.constraints)
     allocation: Allocation = recipe.allocation.build("allocation")
     looks = allocation.needs_data
     budget = block_budget(

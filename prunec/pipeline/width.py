@@ -31,6 +31,7 @@ from prunec.passes.targets.goal import Goal
 from prunec.passes.targets.latency import paired_ratio
 from prunec.passes.targets.question import block_budget
 from prunec.pipeline.deliver import Outcome
+from prunec.pipeline.foresight import check_class
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run, described
 from prunec.pipeline.scoring import check_width
@@ -40,12 +41,13 @@ def thin(run: Run) -> Result:
     """Units inside blocks go, each site ranked on what the pruned part before it produces."""
     check_width(run.criterion)
     coupling, sites, skipped = _sites(run)
-    setup = _measured(run, coupling, sites)
     goal = Goal.on(coupling, run.aim)
     counted = goal.concerned(sites)
     skipped += _left_out(sites, counted, f"the target ({goal.target}) does not count it")
-    setup = replace(setup, sites=run.recipe.constraints.free(counted))
-    skipped += _left_out(counted, setup.sites, "the constraints keep it whole")
+    open_ = run.recipe.constraints.free(counted)
+    skipped += _left_out(counted, open_, "the constraints keep it whole")
+    check_class(run.model, coupling, open_, run.recipe.constraints)
+    setup = replace(_measured(run, coupling, sites), sites=open_)
     together = processes()
     journal = opened_journal(
         run.checkpoint if together.first else None, _identity(run, setup), resume=run.resume

@@ -1,0 +1,47 @@
+"""Kinds of units that a model's class cannot be without are refused before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+from slicing import ARCHITECTURES, build, coupling_of, example_for
+
+import prunec
+from prunec.errors import ExportError
+from prunec.passes.recipe import load_recipe
+from prunec.passes.sites import find_sites
+from prunec.passes.targets.constraints import Constraints
+from prunec.pipeline.foresight import check_class
+
+
+def test_heads_whose_slopes_are_counted_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("bloom")
+    monkeypatch.setattr("prunec.pipeline.width._measured", lambda *_: pytest.fail("it computes"))
+    with pytest.raises(ExportError, match="take no other number of head units") as caught:
+        prunec.prune(model, recipe="slimgpt", ratio=0.3, calibration=[example_for(model)])
+    assert caught.value.fix == "leave them whole: `--set units=ffn_channel`"
+    assert caught.value.so is not None
+    assert "nothing was computed" in caught.value.so
+
+
+def test_what_is_advised_then_passes() -> None:
+    model = build("bloom")
+    settings = {"units": "ffn_channel"}
+    prunec.prune(model, ratio=0.2, calibration=[example_for(model)], settings=settings)
+
+
+def test_the_outline_says_it_too() -> None:
+    model = build("bloom").to("meta")
+    with pytest.raises(ExportError, match="take no other number of head units"):
+        prunec.outline(
+            model, recipe=load_recipe("slimgpt"), target=0.3, example=example_for(build("bloom"))
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bloom"])
+def test_nothing_else_is_refused(name: str) -> None:
+    model = build(name)
+    coupling = coupling_of(model)
+    sites, _ = find_sites(coupling, load_recipe("slimgpt").units)
+    assert sites
+    for constraints in (Constraints(), Constraints({"ffn_channel": 8})):
+        check_class(model, coupling, sites, constraints)
