@@ -180,8 +180,8 @@ def untidy(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ((), 2, "Its progress is removed"),
-        (("--overwrite",), 0, "Its progress is removed"),
+        ((), 2, "Removed what a killed run had left"),
+        (("--overwrite",), 0, "Removed what a killed run had left"),
         (("--resume",), 0, "From its progress the same is written again"),
     ],
 )

@@ -178,14 +178,14 @@ def is_done(screen: Screen, out: Path, folder: Path, part: str, *, resume: bool)
     run, left = said.get("run") if isinstance(said, dict) else None, run_of(folder)
     if run is None or left not in (run, None):
         return False
-    screen.message(f"The run that wrote {out} was killed while it tidied up.")
     if resume and left == run:
+        screen.message(f"The run that wrote {out} was killed while it tidied up.")
         screen.message("From its progress the same is written again.")
         return True
     if writes():
         with reserved(folder):
             remove_progress(folder)
-        screen.message(f"Its progress is removed: {folder}")
+        screen.message(f"Removed what a killed run had left: {folder}")
     return False
 
 

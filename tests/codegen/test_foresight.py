@@ -6,6 +6,7 @@ import pytest
 from slicing import ARCHITECTURES, build, coupling_of, example_for
 
 import prunec
+from prunec.api import outline
 from prunec.errors import ExportError
 from prunec.passes.recipe import load_recipe
 from prunec.passes.sites import find_sites
@@ -30,11 +31,9 @@ def test_what_is_advised_then_passes() -> None:
 
 
 def test_the_outline_says_it_too() -> None:
-    model = build("bloom").to("meta")
+    model, recipe = build("bloom"), load_recipe("slimgpt")
     with pytest.raises(ExportError, match="take no other number of head units"):
-        prunec.outline(
-            model, recipe=load_recipe("slimgpt"), target=0.3, example=example_for(build("bloom"))
-        )
+        outline(model, recipe=recipe, target=0.3, example=example_for(model))
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bloom"])

@@ -10,8 +10,13 @@ import transformers
 from safetensors import safe_open
 
 from prunec.codegen.gate import reopen
+from prunec.graph.coupling import couple
+from prunec.graph.trace import trace
+from prunec.passes.sites import find_sites
+from prunec.passes.targets.constraints import Constraints
+from prunec.pipeline.foresight import check_class
 from zoo import configs
-from zoo.deliver import deliver
+from zoo.deliver import UNITS, deliver
 
 # one of every way in which sub-layers differ from layer to layer in a directory
 DELIVERED = (
@@ -65,3 +70,12 @@ def test_every_class_begins_anew_from_its_config(
         assert {key: t.shape for key, t in empty.state_dict().items()} == {
             key: t.shape for key, t in made.items()
         }, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DELIVERED)
+def test_what_can_be_delivered_is_not_refused_beforehand(name: str) -> None:
+    model = configs.build(name)
+    coupling = couple(trace(model, configs.inputs_of(name, model)))
+    sites, _ = find_sites(coupling, UNITS[0] + UNITS[1])
+    check_class(model, coupling, sites, Constraints())
