@@ -11,4 +11,5 @@ def context_length(model: nn.Module | None) -> int | None:
     """The most tokens that the positions of a model reach; None where its config sets no limit."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None) or None
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # some say -1 for none
