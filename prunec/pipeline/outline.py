@@ -15,7 +15,7 @@ from prunec.passes.recipe import Recipe
 from prunec.passes.sites import Skipped, check_found, find_sites
 from prunec.passes.statistics.prior import reads_no_input
 from prunec.passes.targets.goal import Goal, block_parameters
-from prunec.passes.targets.question import block_budget
+from prunec.passes.targets.question import block_budget, not_whole
 from prunec.passes.targets.target import Target
 from prunec.pipeline.foresight import check_class
 
@@ -56,12 +56,13 @@ def outline(
     sites, skipped = find_sites(coupling, recipe.units, by_weight=reads_no_input(*parts))
     check_found(coupling, sites, skipped)
     goal = Goal.on(coupling, target)
-    sites = recipe.constraints.free(goal.concerned(sites))
-    check_class(model, coupling, sites, recipe.constraints)
+    limits = recipe.constraints
+    sites = limits.free(goal.concerned(sites))
+    check_class(model, coupling, not_whole(coupling, sites, goal, limits), limits)
     allocation: Allocation = recipe.allocation.build("allocation")
     looks = allocation.needs_data
     budget = block_budget(
-        coupling, sites, Uniform() if looks else allocation, goal, constraints=recipe.constraints
+        coupling, sites, Uniform() if looks else allocation, goal, constraints=limits
     )
     return Outline(
         block_parameters=sum(block_parameters(coupling).values()),

@@ -29,7 +29,7 @@ from prunec.passes.statistics.scores import Origin, Scores, Shelf
 from prunec.passes.targets.budget import Budget
 from prunec.passes.targets.goal import Goal
 from prunec.passes.targets.latency import paired_ratio
-from prunec.passes.targets.question import block_budget
+from prunec.passes.targets.question import block_budget, not_whole
 from prunec.pipeline.deliver import Outcome
 from prunec.pipeline.foresight import check_class
 from prunec.pipeline.result import Result
@@ -44,9 +44,10 @@ def thin(run: Run) -> Result:
     goal = Goal.on(coupling, run.aim)
     counted = goal.concerned(sites)
     skipped += _left_out(sites, counted, f"the target ({goal.target}) does not count it")
-    open_ = run.recipe.constraints.free(counted)
+    limits = run.recipe.constraints
+    open_ = limits.free(counted)
     skipped += _left_out(counted, open_, "the constraints keep it whole")
-    check_class(run.model, coupling, open_, run.recipe.constraints)
+    check_class(run.model, coupling, not_whole(coupling, open_, goal, limits), limits)
     setup = replace(_measured(run, coupling, sites), sites=open_)
     together = processes()
     journal = opened_journal(

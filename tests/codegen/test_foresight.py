@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from slicing import ARCHITECTURES, build, coupling_of, example_for
 
@@ -28,6 +30,13 @@ def test_what_is_advised_then_passes() -> None:
     model = build("bloom")
     settings = {"units": "ffn_channel"}
     prunec.prune(model, ratio=0.2, calibration=[example_for(model)], settings=settings)
+
+
+def test_heads_that_stay_whole_are_not_asked_about() -> None:
+    model = build("bloom")
+    whole = {"protect": [f"transformer.h.{layer}.self_attention" for layer in range(3)]}
+    recipe = replace(load_recipe("slimgpt"), constraints=Constraints.from_dict(whole))
+    assert outline(model, recipe=recipe, target=0.2, example=example_for(model)).wanted
 
 
 def test_the_outline_says_it_too() -> None:

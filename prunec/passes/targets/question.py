@@ -48,6 +48,18 @@ def block_budget(
     return context.budget(allocation.shares(context))
 
 
+def not_whole(
+    coupling: CouplingGraph, sites: Sequence[Site], goal: Goal, constraints: Constraints
+) -> list[Site]:
+    """The sites that may lose units: those that no constraint keeps whole.
+
+    Raises:
+        PlanError: a goal that cannot be reached.
+    """
+    accounts = Question(coupling, sites, goal, constraints, None).accounts.values()
+    return [account.site for account in accounts if account.most > 0]
+
+
 @dataclass(frozen=True)
 class Question:
     """How a goal is to be split over the sites of a model.
