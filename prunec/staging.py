@@ -25,8 +25,10 @@ def sibling(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    with parents_made(path), _private(f".{path.name}.{_MARK}", path.parent) as folder:
-        yield folder
+    with no_empty_parents(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _private(f".{path.name}.{_MARK}", path.parent) as folder:
+            yield folder
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -64,19 +66,14 @@ def temporary_of(owner: object, place: Path | None = None) -> Path:
 
 
 @contextmanager
-def parents_made(path: Path) -> Iterator[None]:
-    """Make the missing parents of ``path``; those in which nothing is left afterwards go again.
-
-    Raises:
-        OSError: one cannot be made.
-    """
+def no_empty_parents(path: Path) -> Iterator[None]:
+    """Parents of ``path`` that the block makes go again if nothing is left in them afterwards."""
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for parent in missing:
-            with suppress(OSError):  # something is in it, or it could not be made
+            with suppress(OSError):  # something is in it, or it was not made
                 parent.rmdir()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prunec.staging import lock, parents_made, sibling, temporary, temporary_of
+from prunec.staging import lock, no_empty_parents, sibling, temporary, temporary_of
 
 
 def test_a_sibling_is_private_and_goes(tmp_path: Path) -> None:
@@ -82,10 +82,12 @@ def test_a_temporary_folder_goes_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_parents_stay_only_if_something_is_in_them(tmp_path: Path) -> None:
-    with parents_made(tmp_path / "new" / "deep" / "out"):
+    with no_empty_parents(tmp_path / "new" / "deep" / "out"):
+        (tmp_path / "new" / "deep").mkdir(parents=True)
         (tmp_path / "new" / "file").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new"]
-    with parents_made(tmp_path / "new" / "other" / "out"):
+    with no_empty_parents(tmp_path / "new" / "other" / "out"):
+        (tmp_path / "new" / "other").mkdir()
         (tmp_path / "new" / "other" / "out").touch()
     assert (tmp_path / "new" / "other" / "out").exists()
 

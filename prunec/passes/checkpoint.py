@@ -27,7 +27,7 @@ from torch import Tensor
 import prunec
 from prunec.errors import CheckpointError
 from prunec.importance.problem import BoolArray
-from prunec.staging import lock, parents_made, temporary_of
+from prunec.staging import lock, no_empty_parents, temporary_of
 
 _RUN = "run.json"
 _LOCK = ".lock"
@@ -183,7 +183,7 @@ def reserved(folder: Path, worth: Collection[str] = (_DECISIONS, _SHARES)) -> It
     if folder in _RESERVED.get():
         yield
         return
-    with parents_made(folder):
+    with no_empty_parents(folder):
         held = _locked(folder)
         token = _RESERVED.set(_RESERVED.get() | {folder})
         try:
