@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -71,7 +72,7 @@ def resize(model: Any, table: dict[str, Any], prefix: str = "") -> None:
         own = getattr(module, leaf, None)
         # an added parameter takes after the module's others
         like = next(module.parameters(recurse=False)) if own is None else own
-        tensor = like.new_zeros(shape)
+        tensor = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if own is not None:
             first = own.detach()[tuple(map(slice, shape))]
             tensor[tuple(map(slice, first.shape))] = first
