@@ -47,9 +47,10 @@ class Target:
         Raises:
             PlanError: it is not between 0 and 1.
         """
-        if not isinstance(ratio, int | float) or not 0 < ratio < 1:
+        number = isinstance(ratio, int | float)
+        if not number or not 0 < ratio < 1:
             raise PlanError(
-                f"a ratio of {ratio} is not possible",
+                f"a ratio of {f'{ratio:g}' if number else ratio} is not possible",
                 fix="use a ratio between 0 and 1, such as 0.2",
             )
         return cls("ratio", ratio, relative=True)
