@@ -108,7 +108,9 @@ def check_model(model: Any) -> str:
         raise ExportError(
             f"{cls.__name__} is not a transformers class that an Auto class opens",
             where=f"{cls.__module__}.{cls.__qualname__}",
-            fix="export to another format, or use the result in memory",
+            fix="prune model.merge_and_unload(), the model with its adapter merged"
+            if hasattr(model, "merge_and_unload")
+            else "export to another format, or use the result in memory",
         )
     if not is_streamed(model) and any(tensor.is_meta for tensor in model.parameters()):
         raise ExportError("the model has no weights", fix="give weights, or save the plan only")

@@ -11,6 +11,12 @@ from prunec.graph.program import Program
 from prunec.graph.propagate import Layout
 from prunec.graph.sums import residual_leaves
 
+KINDS = (
+    *("ffn_channel", "conv_channel", "head", "query_head", "kv_group", "head_dim", "rope_pair"),
+    *("qk_dim", "value_dim", "expert", "hidden"),
+)
+"""Every kind that `infer_kinds` tells."""
+
 
 def infer_kinds(
     program: Program,

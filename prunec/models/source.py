@@ -223,7 +223,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ModelError(f"no device {name!r} here: {reason}", fix="use cpu, or cuda") from error
+        fix = "use cpu, or cuda" if torch.cuda.is_available() else "use cpu"
+        raise ModelError(f"no device {name!r} here: {reason}", fix=fix) from error
     return device
 
 

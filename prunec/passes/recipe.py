@@ -14,6 +14,8 @@ import yaml
 
 from prunec import registry
 from prunec.errors import PlanError
+from prunec.graph.kinds import KINDS
+from prunec.passes.shallow import DEPTH_KINDS
 from prunec.passes.targets.constraints import Constraints
 
 Scalar = str | int | float | bool | None
@@ -103,7 +105,7 @@ class Recipe:
                 )
             return replace(self, modes={}).override(self.modes[value])
         if head == "units" and not option:
-            return replace(self, units=tuple(value.split(",") if isinstance(value, str) else value))
+            return replace(self, units=_units(value))
         if head == "constraints":
             given = self.constraints.to_dict() | {option: value} if option else value
             return replace(self, constraints=Constraints.from_dict(given))
@@ -162,7 +164,7 @@ class Recipe:
             summary=str(data.get("summary", "")),
             paper=str(data.get("paper", "")),
             deviations=tuple(map(str, data.get("deviations", ()))),
-            units=tuple(map(str, data["units"])),
+            units=_units(data["units"], where=where),
             **parts,
             constraints=Constraints.from_dict(
                 data.get("constraints", {}), where=f"{where}: constraints"
@@ -241,6 +243,20 @@ _PLAIN: Mapping[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a word"),
     NoneType: ((NoneType,), "null"),
 }
+
+
+def _units(value: Any, *, where: str | None = None) -> tuple[str, ...]:
+    """Kinds of units: a list of them, or one text with commas."""
+    kinds = value.split(",") if isinstance(value, str) else value
+    if not (isinstance(kinds, list | tuple) and kinds):
+        raise PlanError(f"units={value!r} is not possible", where=where, fix="units=KIND,KIND,...")
+    known = [*KINDS, *sorted(DEPTH_KINDS)]
+    for kind in kinds:
+        if kind not in known:
+            raise PlanError(
+                f"no kind of unit is named {kind!r}", where=where, fix=_nearest(str(kind), known)
+            )
+    return tuple(kinds)
 
 
 def _modes(data: Any, *, where: str) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,15 @@ def test_an_option_of_another_kind_says_what_it_takes(part, options, message, fi
 )
 def test_options_that_are_of_their_kind(options) -> None:
     Part("log-increase", options).build("allocation")
+
+
+@pytest.mark.parametrize("units", ["ffn_chanel,head", 3, None, [], "", ["head", 1]])
+def test_units_of_no_kind_are_refused(units: Any) -> None:
+    """Else a slip of the pen would silently leave them whole."""
+    with pytest.raises(PlanError, match="units=|no kind of unit"):
+        load_recipe("slimgpt").override({"units": units})
+
+
+def test_units_are_a_list_or_a_text_with_commas() -> None:
+    for units in ("head,ffn_channel", ["head", "ffn_channel"]):
+        assert load_recipe("slimgpt").override({"units": units}).units == ("head", "ffn_channel")
