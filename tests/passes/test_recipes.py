@@ -98,7 +98,7 @@ def test_options_that_are_of_their_kind(options) -> None:
 @pytest.mark.parametrize("units", ["ffn_chanel,head", 3, None, [], "", ["head", 1]])
 def test_units_of_no_kind_are_refused(units: Any) -> None:
     """Else a slip of the pen would silently leave them whole."""
-    with pytest.raises(PlanError, match="units=|no kind of unit"):
+    with pytest.raises(PlanError, match=r"units=|no kind of unit"):
         load_recipe("slimgpt").override({"units": units})
 
 
