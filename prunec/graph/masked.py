@@ -306,6 +306,7 @@ _FILLS: dict[str, float] = {
             *("linear", "bilinear", "mm", "bmm", "matmul", "addmm", "baddbmm", "addbmm", "mv"),
             *("dot", "einsum", "conv1d", "conv2d", "conv3d", "convolution"),
             *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cosine_similarity"),
+            *("pairwise_distance", "cdist"),
             *("sum", "nansum", "any", "count_nonzero", "cumsum", "linalg_vector_norm", "norm"),
             *("frobenius_norm", "_weight_norm", "_weight_norm_interface", "square_sum"),
             *("lstm", "gru", "rnn_tanh", "rnn_relu"),

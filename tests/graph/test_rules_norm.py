@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -163,5 +166,20 @@ def test_maximum_over_units() -> None:
 ffn_channel 10: up[0] down[1]; normalised
 pinned up[1] 6: an axis of the input
 pinned down[0] 4: an axis of the output
+""",
+    )
+
+
+@pytest.mark.parametrize("compare", [F.cosine_similarity, F.pairwise_distance, torch.cdist])
+def test_what_is_compared_is_pruned_in_both(compare: Callable[..., Tensor]) -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        return compare(F.linear(x, p.left).relu(), F.linear(x.flip(0), p.right).relu())
+
+    assert_expected_inline(
+        checked(net(forward, left=(10, 6), right=(10, 6)), inputs(5, 6)),
+        """\
+ffn_channel 10: left[0] right[0]
+pinned left[1] 6: an axis of the input
+pinned right[1] 6: an axis of the input
 """,
     )

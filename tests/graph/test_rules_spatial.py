@@ -244,3 +244,19 @@ pinned up[1] 6: an axis of the input
 pinned down[0] 4: an axis of the output
 """,
     )
+
+
+def test_a_slope_for_each_channel() -> None:
+    def forward(p: object, x: Tensor) -> Tensor:
+        return F.conv2d(F.prelu(F.conv2d(x, p.stem), p.slope), p.head)
+
+    assert_expected_inline(
+        checked(net(forward, stem=(10, 3, 3, 3), slope=(10,), head=(4, 10, 1, 1)), IMAGE),
+        """\
+conv_channel 10: stem[0] slope[0] head[1]
+pinned stem[1] 3: an axis of the input
+pinned stem[2] 3: a kernel position
+pinned stem[3] 3: a kernel position
+pinned head[0] 4: an axis of the output
+""",
+    )

@@ -14,6 +14,7 @@ RULES.spec("aten::bilinear", "... i, ... j, o i j, o -> ... o")
 RULES.spec("aten::outer", "i, j -> i j")
 RULES.spec("aten::dot", "i, i -> ")
 RULES.spec("aten::mv", "i j, j -> i")
+RULES.spec("aten::cdist", "... p i, ... q i -> ... p q")
 
 
 @RULES.register("aten::mm", "aten::bmm", "aten::matmul")

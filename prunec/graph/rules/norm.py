@@ -175,6 +175,21 @@ def reduce(call: Call) -> Result:
     return values
 
 
+@RULES.register("aten::cosine_similarity", "aten::pairwise_distance")
+def compare(call: Call) -> Result:
+    """A sum over one axis of two operands: what is zero in both adds nothing to it."""
+    operands = [call.dims("x1"), call.dims("x2")]
+    rank = max(map(len, operands))
+    sizes = [
+        max(dims[-back].size for dims in operands if len(dims) >= back)
+        for back in range(rank, 0, -1)
+    ]
+    dims = call.broadcast(operands, sizes)
+    axis = int(call.arg("dim") if "dim" in call.arguments else -1) % rank
+    between = (Dim(1),) if call.arg("keepdim") else ()
+    return (*dims[:axis], *between, *dims[axis + 1 :])
+
+
 def _keep_enough_for_a_spread(call: Call, over: Sequence[Dim]) -> None:
     """The unbiased spread of one number is 0 / 0: more than ``correction`` positions must stay."""
     given = call.arg("correction")

@@ -39,10 +39,20 @@ from prunec.graph.rules.registry import RULES, Call, Result, Value
     "aten::real",
     "aten::imag",
     "aten::isin",
+    "aten::_prelu_kernel",
 )
 def pointwise(call: Call) -> Result:
     dims = call.broadcast([call.dims(node) for node in call.operands], call.shape)
     return [Value(dims) for _ in call.shapes]
+
+
+@RULES.register("aten::prelu")
+def prelu(call: Call) -> Result:
+    """One slope for all channels, or one for each."""
+    dims, slopes = call.dims("self"), call.dims("weight")
+    if slopes and slopes[0].size > 1:
+        call.unify(dims[min(1, len(dims) - 1)], slopes[0])
+    return dims
 
 
 @RULES.register(
