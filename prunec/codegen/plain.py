@@ -8,6 +8,7 @@ plan.json, recipe.yaml, README.md
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +79,11 @@ def save_plain(
         TraceError: torch.export cannot take the module.
         VerifyError: what was written is not the model; nothing is delivered.
     """
+    if any(tensor.device.type != "cpu" for tensor in model.state_dict().values()):
+        model = copy.deepcopy(model).cpu()  # a program holds the device that it is traced on
     with progress.task("trace the smaller module"):
-        traced = trace_dynamic(model, example, whole=True)
+        inputs = {name: value.cpu() for name, value in example.items()}
+        traced = trace_dynamic(model, inputs, whole=True)
     with staged(directory, overwrite=overwrite, holds=RECORD) as folder:
         with progress.task("write the directory"):
             torch.export.save(traced.program, folder / PROGRAM)

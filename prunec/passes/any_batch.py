@@ -154,8 +154,9 @@ class _Joint:
 @torch.no_grad()
 def _return_as(module: fx.GraphModule, model: nn.Module, example: Mapping[str, Tensor]) -> None:
     """Let the graph return its results in the containers in which the model does."""
+    place = next((parameter.device for parameter in model.parameters()), None)
     with in_eval(model):
-        output = model(**example)
+        output = model(**{name: value.to(place) for name, value in example.items()})
     leaves, form = pytree.tree_flatten(output)
     picked = result_tensors(output)
     (node,) = module.graph.find_nodes(op="output")

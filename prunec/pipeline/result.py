@@ -118,7 +118,8 @@ class Result:
         """Write a directory that ``from_pretrained`` opens without prunec.
 
         A module that is no transformers model gets a directory that ``torch.export.load`` opens
-        without prunec and `prunec.load(directory, into=module)` with it (`prunec.codegen.plain`).
+        without prunec and `prunec.load(directory, into=module)` with it (`prunec.codegen.plain`);
+        a tokenizer and a shard size are for the others.
         It is written beside its place, reopened in a fresh process and compared, then renamed.
 
         Raises:

@@ -248,6 +248,15 @@ def test_a_dense_module_takes_on_a_saved_one(tmp_path: Path) -> None:
         prunec.load(tmp_path / "small")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_plain_module_of_another_type_is_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    result, _ = pruned(redrawn(UpAndDown()).to(dtype), IMAGE.to(dtype), CHANNELS)
+    result.save(tmp_path / "small")
+    opened = prunec.load(tmp_path / "small", into=UpAndDown().to(dtype))
+    image = IMAGE.to(dtype)
+    torch.testing.assert_close(opened(image), result.model(image), rtol=0, atol=0)
+
+
 def test_tied_weights_of_a_plain_module_stay_tied(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -73,11 +73,12 @@ def trace_dynamic(
         try:
             with _torch_operators(model):
                 program = _export(wrapped, inputs, dynamic)
-                reason = _disagreement(program.module(), wrapped, cases) or ""
+                wanted = dict(_applying(wrapped, cases))
+                reason = _disagreement(program.module(), tolerance(wrapped), cases, wanted) or ""
         except FORWARD_ERRORS as error:  # export runs the model's own code
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if not reason:
-            return Traced(program, inputs, dynamic, cases)
+            return Traced(program, inputs, dynamic, {name: cases[name] for name in wanted})
         log.info("not exported with dynamic %s: %s", dynamic, reason)
     raise TraceError(
         f"torch.export cannot take {type(model).__name__}: {reason}",
@@ -153,7 +154,10 @@ def _cases(
     for batch, length in SHAPES if "batch" in dynamic else ():
         if "sequence" not in dynamic:
             length = first.shape[1] if first.ndim > 1 else 1
-        made = resized(model, example, batch, length)
+        made = {
+            name: tensor.to(example[name].dtype)
+            for name, tensor in resized(model, example, batch, length).items()
+        }
         yield f"{batch} x {length}" if _tokens(example) else f"batch {batch}", made
     if "attention_mask" in example and "decoder_input_ids" not in example:
         mask = torch.ones_like(example["attention_mask"])
@@ -161,15 +165,20 @@ def _cases(
         yield "left padding", {**example, "attention_mask": mask}
 
 
-def _disagreement(program: Any, model: nn.Module, cases: Mapping[str, Inputs]) -> str | None:
-    limit = tolerance(model)
+def _applying(model: nn.Module, cases: Mapping[str, Inputs]) -> Iterator[tuple[str, list[Tensor]]]:
+    """What the model gives for the inputs that it takes."""
     for name, inputs in cases.items():
         try:
-            wanted = results(model, inputs)
+            yield name, results(model, inputs)
         except FORWARD_ERRORS as error:
             log.info("case %r does not apply: %s", name, error)
-            continue
-        gap = difference(results(program, inputs), wanted)
+
+
+def _disagreement(
+    program: Any, limit: float, cases: Mapping[str, Inputs], wanted: Mapping[str, list[Tensor]]
+) -> str | None:
+    for name, tensors in wanted.items():
+        gap = difference(results(program, cases[name]), tensors)
         if not gap <= limit:
             return f"{name}: the exported program is off by {gap:.1e}"
     return None
