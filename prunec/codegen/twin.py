@@ -174,7 +174,12 @@ def redraw(model: nn.Module, sliced: Sliced, seed: int = 0) -> Sliced:
     given = sorted(sliced.weights.items())  # one order: the same numbers in every process
     weights = {name: draw(name, w) for name, w in given if isinstance(old.get(name), nn.Parameter)}
     added = {name: draw(name, w) for name, w in sorted(sliced.added.items())}
-    return Sliced({**sliced.weights, **weights}, sliced.keep, sliced.extents, added)
+    buffers = {
+        name: sliced.weights.get(name, tensor).float()  # statistics of norms, beside fp32 weights
+        for name, tensor in old.items()
+        if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
+    }
+    return Sliced({**sliced.weights, **buffers, **weights}, sliced.keep, sliced.extents, added)
 
 
 def _gain(noise: Tensor, old: Tensor | None, embedding: bool) -> Tensor:
