@@ -122,7 +122,8 @@ def _renaming(reference: Reference | None, origin: Mapping[str, str]) -> Referen
         return None
 
     def renamed(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-        return reference({origin[name]: tensor for name, tensor in weights.items()}, inputs)
+        named = {origin[name]: tensor for name, tensor in weights.items() if name in origin}
+        return reference(named, inputs)
 
     return renamed
 
