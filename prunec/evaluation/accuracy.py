@@ -9,12 +9,12 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunec.calibration.forms import IGNORED, MASKED_PART, masked
 from prunec.calibration.given import call_loader, guarded
 from prunec.errors import CalibrationError
+from prunec.evaluation.logits import negative_log_likelihoods
 from prunec.evaluation.perplexity import token_ids, windows_of
 from prunec.events import Progress, silent
 
@@ -116,8 +116,7 @@ def accuracy(
             scores, wanted = logits[counted].float(), labels[counted]
             right += int((scores.argmax(-1) == wanted).sum())
             count += len(wanted)
-            losses = F.cross_entropy(scores, wanted, reduction="none")
-            loss += float(losses.sum(dtype=torch.float64))
+            loss += float(negative_log_likelihoods(scores, wanted).sum())
             task.advance()
     if not count:
         raise CalibrationError("there are no labels to compare with", where=data)
