@@ -127,7 +127,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile and DataParallel: they add nothing to what it computes.
 
     Raises:
-        TraceError: it is no nn.Module.
+        TraceError: it is no nn.Module, or parts of it lie on disk.
     """
     _check_module(model)
     inner = getattr(model, "_orig_mod", None)
@@ -141,6 +141,12 @@ def _check_module(model: Any) -> None:
         raise TraceError(
             f"the model is a {type(model).__name__}, not an nn.Module",
             fix="give the module itself; prunec.models.open_model opens one by name",
+        )
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise TraceError(
+            "parts of the model lie on disk, by its device_map",
+            where=type(model).__name__,
+            fix="prunec.models.open_model(PATH, out_of_core=True) reads weights from their files",
         )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import write_tiny_llama
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import prunec
 from prunec.api import Result, apply_plan
@@ -375,6 +377,17 @@ def test_what_is_no_module_and_no_tensor_is_named() -> None:
         prunec.prune("smollm2")  # type: ignore[arg-type]
     with pytest.raises(TraceError, match="no tensors: dict"):
         prunec.trace(Undecided(), {"x": {"nested": torch.randn(4, 6)}})  # type: ignore[dict-item]
+
+
+def test_a_model_that_lies_on_disk_is_told_how_to_be_opened(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model")
+    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    rest = dict.fromkeys(("model.embed_tokens", "lm_head", "model.rotary_emb"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**places, **rest}, offload_folder=tmp_path / "off"
+    )
+    with pytest.raises(TraceError, match="lie on disk"):
+        prunec.prune(model, ratio=0.3, calibration=[{"input_ids": torch.ones(2, 9).long()}])
 
 
 def test_a_module_without_parameters_and_units_without_readers() -> None:
