@@ -57,7 +57,7 @@ def run(*arguments: str, code: int = 0) -> Result:
 def test_scores_in_table_json_and_picture(folder: Path) -> None:
     shown = run("--importance", "obs", "--json", "scores.json", "--dot", "scored.dot")
     assert "Importance of a unit: obs" in shown.output
-    assert "share of loss" in shown.output
+    assert "of loss" in shown.output
     link = json.loads((folder / "scores.json").read_text())
     assert link["importance"] == "obs"
     groups = {g["name"]: g["importance"] for g in link["groups"] if "importance" in g}

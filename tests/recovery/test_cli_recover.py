@@ -122,7 +122,7 @@ def test_eval_compares_with_the_first(folder: Path) -> None:
     assert dense["perplexities"][0]["stderr"] > 0
     text = (folder / "eval.md").read_text()
     assert "| KL from the base |" in text
-    assert "mended, kept" in text
+    assert "| mended | kept |" in text
 
 
 def test_bad_input_is_one_message(folder: Path) -> None:
