@@ -48,8 +48,8 @@ bench: $(STAMP)  ## run the benchmarks, which write benchmarks/results/*.json
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/scaling.py
 
-engines: $(STAMP)  ## add llama.cpp (needs a compiler), Chromium, onnxruntime, lm-eval, peft and bitsandbytes
-	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx,recovery]' llama-cpp-python bitsandbytes
+engines: $(STAMP)  ## add llama.cpp (needs a compiler), Chromium, onnxruntime, lm-eval, peft, bitsandbytes and torchao
+	$(PIP) -c constraints.txt -e '.[eval,gguf,onnx,recovery]' llama-cpp-python bitsandbytes torchao
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { apt-get update && apt-get install -y --no-install-recommends chromium; }
 

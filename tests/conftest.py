@@ -18,9 +18,10 @@ MODULES = {
     "lm-eval": "lm_eval",
     "peft": "peft",
     "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
 }
 PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome")}
-ENGINES = ("llama-cpp-python", "onnxruntime", "chromium", "lm-eval", "peft", "bitsandbytes")
+ENGINES = (*MODULES, *PROGRAMS)
 
 
 def present(engine: str) -> bool:

@@ -171,6 +171,21 @@ def test_bitsandbytes(directory: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(small))
 
 
+@pytest.mark.engine("torchao")
+def test_torchao(directory: Path, tmp_path: Path) -> None:
+    """As above, by torch's own quantiser."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    plain = prunec.load(directory)
+    config = T.TorchAoConfig(Int8WeightOnlyConfig())
+    small = opened(directory, tmp_path, quantization_config=config)
+    assert type(small.model.layers[1].mlp.up_proj.weight).__module__.startswith("torchao")
+    assert difference([logits(small).float()], [logits(plain)]) < 0.3
+    small.save_pretrained(tmp_path / "quantised")
+    again = opened(tmp_path / "quantised", tmp_path)
+    assert torch.equal(logits(again), logits(small))
+
+
 def opened(directory: Path, tmp_path: Path, **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(T.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
