@@ -9,11 +9,14 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 _MARK, _RANDOM = "part-", "????????"  # as mkdtemp ends its names
 
@@ -77,6 +80,28 @@ def no_empty_parents(path: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What Ctrl-C and SIGTERM raise, they raise when the block is over.
+
+    So what it makes is known to those who tidy up. It is for blocks that end at once.
+    """
+    arrived: list[int] = []
+    raising: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other is interrupted
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        raising = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in raising:
+        signal.signal(number, lambda sent, _: arrived.append(sent))
+    try:
+        yield
+    finally:
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
 def lock(path: Path) -> int | None:
     """Lock a file or directory until the descriptor, the result, is closed or the process ends.
 
@@ -108,11 +133,14 @@ def lock(path: Path) -> int | None:
 def _private(prefix: str, parent: Path) -> Iterator[Path]:
     for left in parent.glob(glob.escape(prefix) + _RANDOM):
         _remove_abandoned(left)
-    folder, held = _made(prefix, parent)
+    folder, held = None, None
     try:
+        with uninterrupted():
+            folder, held = _made(prefix, parent)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if held is not None:
             os.close(held)
 

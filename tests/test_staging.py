@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from prunec.passes.checkpoint import reserved
 from prunec.staging import lock, no_empty_parents, sibling, temporary, temporary_of
 
 
@@ -101,3 +107,44 @@ def test_a_lock_is_of_one_user_at_a_time(tmp_path: Path) -> None:
     again = lock(tmp_path)
     assert again is not None
     os.close(again)
+
+
+Place = Callable[[Path], AbstractContextManager[Any]]
+
+
+@pytest.mark.parametrize("place", [sibling, temporary, reserved])
+def test_an_interrupt_at_any_line_leaves_nothing(tmp_path: Path, place: Place) -> None:
+    out = tmp_path / "new" / "out"
+    (tmp_path / "new").mkdir()
+    line = 0
+    while _interrupted(place, out if place is not temporary else out.parent, line):
+        gc.collect()
+        assert not list((tmp_path / "new").iterdir()), f"line {line}"
+        line += 1
+    assert line > 15
+
+
+def _interrupted(place: Place, path: Path, line: int) -> bool:
+    """Whether an interrupt at this line of ours came before all was ready."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal passed
+        if "prunec" not in Path(frame.f_code.co_filename).parts:
+            return None
+        if event == "line":
+            passed += 1
+            if passed == line + 1:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with place(path):
+            sys.settrace(before)
+            return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 import prunec
 from prunec.errors import CheckpointError
 from prunec.importance.problem import BoolArray
-from prunec.staging import lock, no_empty_parents, temporary_of
+from prunec.staging import lock, no_empty_parents, temporary_of, uninterrupted
 
 _RUN = "run.json"
 _LOCK = ".lock"
@@ -183,17 +183,15 @@ def reserved(folder: Path, worth: Collection[str] = (_DECISIONS, _SHARES)) -> It
     if folder in _RESERVED.get():
         yield
         return
-    with no_empty_parents(folder):
-        held = _locked(folder)
-        token = _RESERVED.set(_RESERVED.get() | {folder})
-        try:
-            yield
-        finally:
-            _RESERVED.reset(token)
-            if not any(path for pattern in worth for path in folder.glob(pattern)):
-                remove_progress(folder)
+    with no_empty_parents(folder), ExitStack() as ours:
+        with uninterrupted():
+            held = _locked(folder)
             if held is not None:
-                os.close(held)
+                ours.callback(os.close, held)
+            ours.callback(_remove_unless_worth, folder, worth)
+            token = _RESERVED.set(_RESERVED.get() | {folder})
+            ours.callback(_RESERVED.reset, token)
+        yield
 
 
 @contextmanager
@@ -249,6 +247,11 @@ def remove_progress(folder: Path) -> None:
     with suppress(OSError):
         _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_unless_worth(folder: Path, worth: Collection[str]) -> None:
+    if not any(path for pattern in worth for path in folder.glob(pattern)):
+        remove_progress(folder)
 
 
 def _locked(folder: Path) -> int | None:
