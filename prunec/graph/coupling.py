@@ -43,8 +43,8 @@ class Group:
             one companion unit to the next, in equal number.
         minimum: how many units must stay.
         multiple: what their number is a multiple of, for an operator that takes no other.
-        normalised: a mean, norm or top-k runs over the units, so that removing one is not the
-            same as zeroing it.
+        normalised: a mean, norm or top-k runs over the units, or each is divided by a norm of its
+            own weights, so that removing one is not the same as zeroing it.
         block: the repeated block it lies in ("model.layers.3"), None where it spans several.
     """
 

@@ -19,18 +19,18 @@ def test_the_analysis_reads_as_a_page() -> None:
 3,360 parameters, 13 groups, pinned axes: 2; FLOPs are of one pass over tokens [2, 5]
 
 Across blocks, or outside any
-  group               times  units  parameters a unit  FLOPs a unit  sits in
-  hidden                  1     12                271         4,720  embed.weight[1]
-    couples 3 blocks                                                 layers.*.norm1.weight[0]
-    normalised over                                                  layers.*.norm1.bias[0]
-                                                                     layers.*.attention.qkv.weight[1]
-                                                                     layers.*.attention.out.weight[0]
-                                                                     layers.*.norm2.weight[0]
-                                                                     layers.*.norm2.bias[0]
-                                                                     layers.*.mlp.gate.weight[1]
-                                                                     layers.*.mlp.up.weight[1]
-                                                                     layers.*.mlp.down.weight[0]
-                                                                     and 1 more
+  group                      times  units  parameters a unit  FLOPs a unit  sits in
+  hidden                         1     12                271         4,720  embed.weight[1]
+    couples 3 blocks                                                        layers.*.norm1.weight[0]
+    removing is not zeroing                                                 layers.*.norm1.bias[0]
+                                                                            layers.*.attention.qkv.weight[1]
+                                                                            layers.*.attention.out.weight[0]
+                                                                            layers.*.norm2.weight[0]
+                                                                            layers.*.norm2.bias[0]
+                                                                            layers.*.mlp.gate.weight[1]
+                                                                            layers.*.mlp.up.weight[1]
+                                                                            layers.*.mlp.down.weight[0]
+                                                                            and 1 more
 
 layers.* (3 blocks)
   group                          times   units  parameters a unit  FLOPs a unit  sits in

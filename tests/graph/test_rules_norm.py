@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from programs import checked, inputs, net
+from programs import checked, coupled, inputs, net
 from torch import Tensor, nn
+
+from prunec.graph.coupling import couple
+from prunec.passes.oracles import oracle
 
 X = inputs(2, 5, 6)
 IMAGE = inputs(2, 3, 8, 8)
@@ -147,7 +150,7 @@ def test_weight_norm() -> None:
         checked(nn.Sequential(layer, nn.Tanh(), nn.Linear(10, 4)).double(), X),
         """\
 ffn_channel 10: 0.bias[0] 0.parametrizations.weight.original0[0]
-    0.parametrizations.weight.original1[0] 2.weight[1]
+    0.parametrizations.weight.original1[0] 2.weight[1]; normalised
 pinned 0.parametrizations.weight.original1[1] 6: an axis of the input
 pinned 2.weight[0] 4: an axis of the output
 pinned 2.bias[0] 4: an axis of the output
@@ -183,3 +186,18 @@ pinned left[1] 6: an axis of the input
 pinned right[1] 6: an axis of the input
 """,
     )
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_constant_in_front_of_a_norm_of_one_channel_is_no_control(left: int) -> None:
+    """Of 2 * `left` channels in a group half stay; the mean of one is that channel itself."""
+    channels = 2 * 2 * left
+    layers = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.GroupNorm(2, channels), nn.ReLU(), nn.Conv2d(channels, 2, 1)
+    )
+    program = oracle.redraw(coupled(layers, IMAGE).program)
+    controls = list(oracle.wrong_slices(couple(program)))
+    inert = [control.parameter for control in controls if control.inert]
+    assert inert == (["0.bias"] if left == 1 else [])
+    assert len(controls) == 2 * 5  # whole groups, and channels within each
+    assert all(control.caught(1e-9) for control in controls if not control.inert)

@@ -216,5 +216,5 @@ def remarks(figures: Figures, group: Group, value: float | None = None) -> list[
     if group.minimum > 1:
         words.append(f"at least {group.minimum}")
     if group.normalised:
-        words.append("normalised over")
+        words.append("removing is not zeroing")
     return words

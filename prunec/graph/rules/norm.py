@@ -130,14 +130,13 @@ def glu(call: Call) -> Result:
 
 @RULES.register("aten::_weight_norm", "aten::_weight_norm_interface")
 def weight_norm(call: Call) -> Result:
-    """The result is g * v / |v|: the norm runs over every axis but ``dim``."""
+    """The result is g * v / |v|: the norm runs over every axis but ``dim``, and zeros have none."""
     v, g = call.dims("v"), call.dims("g")
     axis = int(call.arg("dim")) % len(v)
     if g:
         call.unify(v[axis], g[axis if len(g) == len(v) else 0])
-    for i, dim in enumerate(v):
-        if i != axis:
-            call.note(dim, "normalised")
+    for dim in v:
+        call.note(dim, "normalised")
     return _with_statistics(call, v)
 
 
