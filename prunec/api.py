@@ -15,7 +15,7 @@ from prunec.codegen.load import load, register
 from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.coupling import couple
-from prunec.graph.trace import Example, Loss, trace, unwrapped
+from prunec.graph.trace import Example, Loss, trace
 from prunec.passes.channels import HIDDEN
 from prunec.passes.depth import drop, loaded
 from prunec.passes.oracles.mask import reduced_over
@@ -27,6 +27,7 @@ from prunec.passes.statistics.scores import Shelf
 from prunec.passes.targets.target import Target, chosen_target
 from prunec.pipeline.clock import Clock
 from prunec.pipeline.deliver import Outcome, deliver, sizes
+from prunec.pipeline.intake import taken_in
 from prunec.pipeline.outline import Outline, outline
 from prunec.pipeline.result import Report, Result
 from prunec.pipeline.run import Run
@@ -103,6 +104,7 @@ def prune(
     Raises:
         PlanError: a target that cannot be reached (it says what can), an unknown recipe or setting.
         CalibrationError: batches that are none, or that do not fit the model.
+        ModelError: an adapter lies over its layers.
         TraceError, VerifyError: the model cannot be traced, or a check failed.
         CheckpointError: what `checkpoint` or `scores` holds is of another run, damaged, or cannot
             be written.
@@ -112,7 +114,7 @@ def prune(
             "a device was given for a model that holds its weights",
             fix="move the model itself: model.to(device)",
         )
-    model = unwrapped(model)
+    model = taken_in(model, progress)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     run = Run(
         model=model,
@@ -152,7 +154,7 @@ def apply_plan(
     Raises:
         PlanError: the plan does not fit the model.
     """
-    clock, model = Clock(), unwrapped(model)
+    clock, model = Clock(), taken_in(model, progress)
     with progress.task("trace the model"), clock("trace"):
         dense = couple(trace(model, example))
         if plan.dropped or reduced_over(dense, plan.selection(dense)):  # proven on the whole model

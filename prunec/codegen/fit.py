@@ -116,14 +116,14 @@ def _fit_on(
     with attribute_reads(twin) as reads:
         wanted = usable(twin, checks(twin, example))
         wanted = wanted or usable(twin, checks(twin, example, (own_shape(example),)))
+    if reference is not None:  # also where zeros leave the twin without numbers
+        wanted = _referred(model, example, lambda inputs: reference(drawn.weights, inputs))
     if not wanted:
         raise ExportError(
             "the model gives no finite numbers on its example inputs",
             where=type(model).__name__,
         )
     module = assemble(short, drawn.weights, drawn.added).eval()
-    if reference is not None:
-        wanted = _referred(model, example, lambda inputs: reference(drawn.weights, inputs))
     bench = Bench(module, layers, wanted)
     read = [c for c in found if _is_read(c, layers, reads)]
     choice, trials = _settle(model, read, bench, whole=layers is WHOLE)

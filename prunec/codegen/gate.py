@@ -25,7 +25,7 @@ from prunec.codegen.battery import (
     tolerance,
     whole_outputs,
 )
-from prunec.codegen.perturb import build
+from prunec.codegen.remade import remade
 from prunec.codegen.streamed import is_streamed
 from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import VerifyError
@@ -58,39 +58,19 @@ def accept(model: Any, directory: Path, auto: str, example: Mapping[str, Tensor]
         (problems,) = reopen([folder])
     if not problems:
         return compared
-    remade = _remade_otherwise(model)
+    otherwise = list(remade(model))
     raise VerifyError(
         "the written directory is not the model in memory",
         where="; ".join(problems),
         so="nothing was delivered"
-        + "".join(f"; its class makes another {name}, which no file holds" for name in remade[:1]),
+        + "".join(
+            f"; its class makes another {name}, which no file holds" for name in otherwise[:1]
+        ),
         fix="prune a model that was loaded in its dtype, from_pretrained(..., dtype=...):"
         " model.to(dtype) rounds such a buffer"
-        if remade
+        if otherwise
         else None,
     )
-
-
-def _remade_otherwise(model: Any) -> list[str]:
-    """The buffers that no file holds and that the model's class gives other numbers than it has."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)  # as from_pretrained does meanwhile
-    try:
-        made = build(type(model), model.config)
-    finally:
-        torch.set_default_dtype(before)
-    if made is None:
-        return []
-    own, saved = dict(model.named_buffers()), model.state_dict().keys()
-    return [
-        name
-        for name, buffer in made.named_buffers()
-        if name in own and name not in saved and not _same(own[name], buffer)
-    ]
-
-
-def _same(own: Tensor, other: Tensor) -> bool:
-    return own.dtype == other.dtype and torch.equal(own.cpu(), other)
 
 
 def prepare(

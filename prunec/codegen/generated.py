@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,16 @@ def auto_classes(model: Any) -> list[str]:
     if not hasattr(model, "config"):
         return []
     found = [name for name, mapping in _auto_mappings() if _maps(mapping, model)]
-    if not found:
-        name = stock_class(model).__name__
-        found = [auto for auto, mapping in _auto_mappings() if name in _names(mapping)]
-    return sorted(found, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
+    return _task_first(found) if found else auto_classes_named(stock_class(model).__name__)
+
+
+def auto_classes_named(name: str) -> list[str]:
+    """The transformers Auto classes that know a class of this name; the one for its task first."""
+    return _task_first([auto for auto, mapping in _auto_mappings() if name in _names(mapping)])
+
+
+def _task_first(autos: Sequence[str]) -> list[str]:
+    return sorted(autos, key=lambda name: (name == "AutoModelForPreTraining", name == "AutoModel"))
 
 
 def opens_as_stock(model: Any) -> bool:

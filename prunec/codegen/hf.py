@@ -102,7 +102,19 @@ def _accept(shrunk: Shrunk, folder: Path, auto: str) -> list[str]:
 
 
 def check_model(model: Any) -> str:
-    """Name of the Auto class for the model's task."""
+    """Name of the Auto class for the model's task, which has weights."""
+    auto = auto_class(model)
+    if not is_streamed(model) and any(tensor.is_meta for tensor in model.parameters()):
+        raise ExportError("the model has no weights", fix="give weights, or save the plan only")
+    return auto
+
+
+def auto_class(model: Any) -> str:
+    """Name of the Auto class for the model's task.
+
+    Raises:
+        ExportError: there is none, so that no directory of the model could be opened.
+    """
     found, cls = auto_classes(model), stock_class(model)
     if not found:
         raise ExportError(
@@ -110,10 +122,8 @@ def check_model(model: Any) -> str:
             where=f"{cls.__module__}.{cls.__qualname__}",
             fix="prune model.merge_and_unload(), the model with its adapter merged"
             if hasattr(model, "merge_and_unload")
-            else "export to another format, or use the result in memory",
+            else "use the result in memory: prunec.prune(model, ...).model",
         )
-    if not is_streamed(model) and any(tensor.is_meta for tensor in model.parameters()):
-        raise ExportError("the model has no weights", fix="give weights, or save the plan only")
     return found[0]
 
 

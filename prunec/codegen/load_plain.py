@@ -7,9 +7,11 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from prunec.codegen.modeling_prunec import set_attributes
 from prunec.errors import ModelError
@@ -21,6 +23,21 @@ RECORD, PROGRAM, WEIGHTS = "prunec.json", "model.pt2", "model.safetensors"
 def is_plain(directory: Path) -> bool:
     """Whether `save_plain` wrote this directory."""
     return (directory / PROGRAM).is_file() and (directory / RECORD).is_file()
+
+
+def open_program(directory: Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Tensor]]:
+    """The program of a directory, called with inputs by name, and those that it was traced with.
+
+    Raises:
+        ModelError: the directory is damaged.
+    """
+    try:
+        program = torch.export.load(directory / PROGRAM)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{PROGRAM} does not open: {error}", where=str(directory)) from error
+    program = move_to_device_pass(program, device)
+    _, example = program.example_inputs
+    return program.module().requires_grad_(False), dict(example)
 
 
 def load_into(module: nn.Module, directory: Path) -> nn.Module:

@@ -2,6 +2,6 @@
 
 from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
-from prunec.models.source import Source, open_model, open_tokenizer
+from prunec.models.source import Source, find_model, open_model, open_tokenizer
 
-__all__ = ["Source", "example_inputs", "open_model", "open_tokenizer", "state_digest"]
+__all__ = ["Source", "example_inputs", "find_model", "open_model", "open_tokenizer", "state_digest"]

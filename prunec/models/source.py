@@ -106,6 +106,15 @@ def open_model(
     return Source(model, tokenizer, _cast(example, model), spec, digest, stored, str(place))
 
 
+def find_model(spec: str, *, trust_remote_code: bool = False, progress: Progress = silent) -> None:
+    """See that there is such a MODEL; one of the Hub is downloaded.
+
+    Raises:
+        ModelError: it is absent.
+    """
+    _locate(spec, Opening(None, "load", trust_remote_code, progress))
+
+
 def open_tokenizer(
     spec: str, *, trust_remote_code: bool = False, progress: Progress = silent
 ) -> Any | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from prunec.codegen.fit import misfit
 from prunec.codegen.shrink import is_transformers
+from prunec.codegen.twin import assemble, tensors_of
 from prunec.errors import ExportError
 from prunec.graph.coupling import CouplingGraph, Group
 from prunec.graph.selection import Keep, Selection
@@ -26,16 +27,16 @@ def check_class(
 
     Such as heads whose slopes are worked out from how many they are: no attribute says the slopes
     of those that are left. Tried on redrawn weights, with the first units of every group gone: as
-    few as may, then half. Models of transformers on the CPU or on meta are asked; others cost a
-    copy of their weights, or come out as a graph.
+    few as may, then half. Models of transformers are asked; others may come out as a graph.
 
     Raises:
         ExportError: naming the kinds, and those that may go.
     """
-    places = {parameter.device.type for parameter in model.parameters()}
     groups = [group for site in sites for group in site.groups if not group.normalised]
-    if not is_transformers(model) or not places <= {"cpu", "meta"}:
+    if not is_transformers(model):
         return
+    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
+        model = without_weights(model)
     fewest = {group: _kept(group, constraints, group.size - 1) for group in groups}
     if _reason(model, coupling, fewest) is None:
         return
@@ -56,6 +57,18 @@ def check_class(
         )
 
 
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model with its parameters on meta and its buffers on the CPU."""
+    tensors = tensors_of(model)
+    places = {n: _outline(t, isinstance(t, nn.Parameter)) for n, t in tensors.items()}
+    return assemble(model, places)
+
+
+def _outline(tensor: Tensor, is_parameter: bool) -> Tensor:
+    """Of a parameter its sizes are enough; a buffer comes to the CPU, if it has a content."""
+    return tensor.to("meta" if is_parameter or tensor.is_meta else "cpu")
+
+
 def _kept(group: Group, constraints: Constraints, most: int) -> int:
     """The largest number of units up to `most` that may stay; all where there is none."""
     step = constraints.step(group)
@@ -69,10 +82,10 @@ def _reason(model: nn.Module, coupling: CouplingGraph, kept: Mapping[Group, int]
     if not keeps:
         return None
     program, selection = coupling.program, Selection(keeps)
-    parameters = program.parameters  # of which sizes are enough
-    dense = {n: t.to("meta") if n in parameters else t for n, t in program.state.items()}
+    dense = {n: _outline(t, n in program.parameters) for n, t in program.state.items()}
     weights = Weights(coupling, dense, selection=selection)
     tensors = {name: weights.read(name) for name in weights}
     sliced = sliced_parameters(coupling, selection, tensors)
+    example = {name: value.cpu() for name, value in shrink_example(model, program.example).items()}
     with quiet():
-        return misfit(model, sliced, shrink_example(model, program.example))
+        return misfit(model, sliced, example)
