@@ -16,6 +16,7 @@ from prunec.calibration.padding import batched, token_count
 from prunec.calibration.sources import DataSource, merged, parse_source, share_samples
 from prunec.errors import CalibrationError
 from prunec.events import Progress, silent
+from prunec.models.context import fitting
 from prunec.models.digest import token_digest
 
 _TOKENS = 1024
@@ -107,8 +108,9 @@ def calibrate(
         ModelError: a loader cannot be imported, or raises.
         PluginError: a package for data sets or images is absent.
     """
-    length = min(_TOKENS, longest_sequence(model, tokenizer) or _TOKENS)
-    length = length if seq_len is None else seq_len
+    length = seq_len
+    if length is None:
+        length = fitting(_TOKENS, longest_sequence(model, tokenizer), progress)
     if samples < 1 or length < 2:
         raise CalibrationError(
             f"{samples} samples of {length} tokens: at least 1 of 2 tokens are needed"

@@ -190,7 +190,7 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Tensor], *, loss: bool)
         inspect.signature(model.forward).bind(**given)
     except TypeError as error:
         raise CalibrationError(
-            f"the calibration does not fit {type(model).__name__}: {error}",
+            f"a batch does not fit {type(model).__name__}: {error}",
             so=f"a batch has {', '.join(batch)}; forward takes {', '.join(parameters)}",
             fix="give inputs by the names of forward's arguments",
         ) from error

@@ -153,8 +153,9 @@ def _entry(row: Row, fields: Sequence[str], tokenizer: Any, where: str) -> Entry
             return Entry(row[said], row[asked])
     if isinstance(row.get("text"), str):
         return Entry(row["text"], label=label)
+    held = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
     raise CalibrationError(
-        f"a row has {', '.join(map(str, row)) or 'no fields'}",
+        f"a row has {held or 'no fields'}",
         where=where,
         fix="give text; messages; prompt and completion; source and target; or instruction,"
         " input and output; or name the field: FILE#field",

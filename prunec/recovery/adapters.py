@@ -88,7 +88,8 @@ def attach(model: Any, settings: Recovery, example: Mapping[str, Tensor]) -> Any
 
     Raises:
         PluginError: peft is not installed.
-        PlanError: a dropout where experts are trained, whose update is of the weight itself.
+        PlanError: a dropout where experts are trained, whose update is of the weight itself, or
+            a layer that peft refuses.
     """
     model.requires_grad_(False)
     if settings.train == "full":
@@ -117,7 +118,12 @@ def attach(model: Any, settings: Recovery, example: Mapping[str, Tensor]) -> Any
             modules_to_save=norms(model) or None,
             task_type="CAUSAL_LM",
         )
-    return peft.get_peft_model(model, config)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:  # as of layers whose weights a fused kernel reads past them
+        raise PlanError(
+            f"peft does not adapt this model: {error}", fix="--method full, or scale"
+        ) from error
 
 
 def merge(adapted: Any, probe: Mapping[str, Tensor]) -> Any:

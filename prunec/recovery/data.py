@@ -75,8 +75,19 @@ def read_samples(
             f"training reads text, and {source} is none", fix="name a text file, or rows"
         )
     kept = tuple(sample for sample in samples if len(sample.ids) > max(1, sample.prompt))
+    cut = sum(0 < len(sample.ids) <= sample.prompt for sample in samples)
     if not kept:
-        raise CalibrationError(f"{source} holds nothing to train on", where=source)
+        raise CalibrationError(
+            f"{source} holds nothing to train on",
+            where=source,
+            so=f"its prompts leave no room for an answer in {seq_len} tokens" if cut else None,
+            fix="longer rows: --set seq_len=N" if cut else None,
+        )
+    if cut:
+        progress.message(
+            f"Left out, as their prompts leave no room for an answer in {seq_len} tokens: "
+            f"{cut:,} of {len(samples):,} samples."
+        )
     return Samples(kept, source, token_digest(*(sample.ids for sample in kept)))
 
 
@@ -107,6 +118,6 @@ def split_held_out(rows: Sequence[Any], part: float) -> tuple[list[Any], list[An
     if len(rows) < 2 * count:
         raise CalibrationError(
             f"the data comes to {len(rows)} rows, too few to hold {count} out",
-            fix="more data, or shorter rows: --set seq_len=128",
+            fix="more data, or shorter rows: --set seq_len=N",
         )
     return list(rows[:-count]), list(rows[-count:])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunec.errors import CheckpointError, ModelError, PlanError
 from prunec.events import Progress, silent
-from prunec.models.context import context_length
+from prunec.models.context import context_length, fitting
 from prunec.models.digest import state_digest
 from prunec.models.example import example_inputs
 from prunec.models.generation import generates
@@ -27,7 +27,7 @@ from prunec.recovery.data import Samples, read_samples, split_held_out
 from prunec.recovery.packing import Row, keeps_apart, pack, single
 from prunec.recovery.settings import Recovery
 from prunec.recovery.teacher import Teacher
-from prunec.recovery.training import Point, Training, trainer
+from prunec.recovery.training import Point, Training, planned_steps, trainer
 
 CPU_MINUTES = 30.0
 GPU_EPOCHS = 2.0
@@ -120,9 +120,9 @@ def recover(
         CalibrationError: the data is unusable.
         CheckpointError: the checkpoints in `work` are of another run.
     """
-    settings = _complete(model, settings, teacher)
+    settings = _complete(model, settings, teacher, progress)
     samples = read_samples(
-        data, tokenizer, settings.seq_len, dense=teacher, seed=settings.seed, progress=progress
+        data, tokenizer, settings.row_tokens, dense=teacher, seed=settings.seed, progress=progress
     )
     rows, packed = _rows(model, samples, settings, progress)
     train, held_out = split_held_out(rows, settings.held_out)
@@ -177,7 +177,9 @@ def recover(
     return Recovered(mended, report, adapter, run.is_world_process_zero())
 
 
-def _complete(model: Any, settings: Recovery, teacher: nn.Module | None) -> Recovery:
+def _complete(
+    model: Any, settings: Recovery, teacher: nn.Module | None, progress: Progress
+) -> Recovery:
     if not generates(model):
         raise ModelError(
             f"{type(model).__name__} does not predict next tokens",
@@ -193,7 +195,9 @@ def _complete(model: Any, settings: Recovery, teacher: nn.Module | None) -> Reco
                 fix="take the model that this one was made from",
             )
     limit = context_length(model)
-    if limit and settings.seq_len > limit:
+    if settings.seq_len is None:
+        settings = replace(settings, seq_len=fitting(settings.row_tokens, limit, progress))
+    elif limit and settings.seq_len > limit:
         raise PlanError(
             f"the model reads at most {limit} tokens, rows of {settings.seq_len} were asked for",
             fix=f"--set seq_len={limit}",
@@ -215,10 +219,10 @@ def _rows(
 ) -> tuple[list[Row], bool]:
     """Rows, and whether any holds more than one sample."""
     listed = samples.samples
-    short = sum(len(sample.ids) < settings.seq_len for sample in listed)
+    short = sum(len(sample.ids) < settings.row_tokens for sample in listed)
     if settings.packing and short > 1:
         if keeps_apart(model):
-            return pack(listed, settings.seq_len), True
+            return pack(listed, settings.row_tokens), True
         progress.message("This model mixes samples that share a row: one sample a row, padded.")
     return single(listed), False
 
@@ -276,12 +280,8 @@ def _restore(run: Training, checkpoint: Path | None) -> None:
 
 def _total(settings: Recovery, rows: int) -> int:
     """Parts of the progress bar: steps, or hundredths of the minutes."""
-    if settings.minutes is not None:
-        return 100
-    if settings.steps is not None:
-        return settings.steps
-    per_epoch = -(-rows // settings.batch_size)
-    return max(1, round(per_epoch * (settings.epochs or 1)))
+    steps = None if settings.minutes is not None else planned_steps(settings, rows)
+    return steps or 100
 
 
 def _teacher(model: nn.Module | None, settings: Recovery) -> Teacher:

@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": {"objective": "distill", "train": "lora"},
 }
 
+_ROW_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -34,7 +36,8 @@ class Recovery:
         rank, alpha, dropout: of LoRA; the update is scaled by alpha / rank.
         learning_rate, weight_decay, warmup_steps, schedule: of AdamW; the schedule is cosine,
             linear or constant, over the steps or over the minutes, whichever limit is given.
-        batch_size: rows of `seq_len` tokens a step; `micro_batch` of them at a time.
+        batch_size, micro_batch: rows a step, and rows at a time.
+        seq_len: tokens a row; None for 256, or what the model reads at most.
         steps, epochs, minutes: when to stop; the first that is reached, None for no such limit.
         held_out: part of the rows that are not trained on, 0 to 1 (at least 4, at most 64 rows).
         evaluate_every: steps between measurements of the held-out loss; None for 20 in a run, or
@@ -62,7 +65,7 @@ class Recovery:
     schedule: str = "cosine"
     batch_size: int = 8
     micro_batch: int | None = None
-    seq_len: int = 256
+    seq_len: int | None = None
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
@@ -77,6 +80,11 @@ class Recovery:
     gradient_checkpointing: bool = False
     bf16: bool | None = None
     seed: int = 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens a row."""
+        return self.seq_len or _ROW_TOKENS
 
     def override(self, settings: Mapping[str, Any]) -> Recovery:
         """These settings with others in their place.
@@ -103,6 +111,7 @@ class Recovery:
     def _checked(self) -> Recovery:
         least = {"rank": 1, "batch_size": 1, "seq_len": 2, "steps": 1, "micro_batch": 1}
         least |= {"patience": 1, "top_k": 0, "hidden": 0, "warmup_steps": 0, "evaluate_every": 1}
+        least |= {"weight_decay": 0}
         for name, bound in least.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise PlanError(f"{name} is {value}, at least {bound} is needed")
@@ -171,7 +180,8 @@ def _typed(name: str, value: Any) -> Any:
     try:
         made = wanted(value)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{name} is {value!r}, but is a {wanted.__name__}") from error
+        kind = {int: "a whole number", float: "a number"}.get(wanted, "a text")
+        raise PlanError(f"{name} is {value!r}, but must be {kind}") from error
     if wanted is int and made != float(value):
         raise PlanError(f"{name} is {value!r}, but is a whole number")
     return made

@@ -157,4 +157,8 @@ def learnt_positions(labels: Tensor) -> Tensor:
 
 
 def _digest(row: Mapping[str, Tensor]) -> str:
-    return token_digest(*(row[name] for name in sorted(row)))[:32]
+    """Of a row up to its last learnt label: padding, which its batch decides, has no part in it."""
+    learnt = (row["labels"] != IGNORED).nonzero()
+    end = int(learnt[-1]) + 1 if len(learnt) else 0
+    names = sorted(row.keys() - {"attention_mask"})  # of padding on the right alone
+    return token_digest(*(row[name][:end] for name in names))[:32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from prunec.errors import PlanError
 from prunec.events import Task
 from prunec.recovery.packing import Row, collate
 from prunec.recovery.settings import Recovery
@@ -171,8 +173,12 @@ class Training(Trainer):
     ) -> Any:
         """The teacher's loss while training, the cross-entropy otherwise."""
         if self.teacher is None or not model.training:
+            # with a cache transformers would no longer tell the samples of a packed row apart
             return super().compute_loss(
-                model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+                model,
+                {**inputs, "use_cache": False},
+                return_outputs,
+                num_items_in_batch=num_items_in_batch,
             )
         loss = self._follow(model, inputs, num_items_in_batch)
         return (loss, None) if return_outputs else loss
@@ -197,6 +203,15 @@ class Training(Trainer):
             states = self.teacher.hidden(inputs)
             loss = loss + settings.hidden * hidden_loss(output.hidden_states, states, learnt)
         return loss / (len(logits) if items is None else items)
+
+
+def planned_steps(settings: Recovery, rows: int) -> int | None:
+    """Steps until the limit of steps or epochs that is reached first; None if there is neither."""
+    at_once = settings.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    limits = [settings.steps] if settings.steps else []
+    if settings.epochs:
+        limits.append(math.ceil(settings.epochs * math.ceil(rows / at_once)))
+    return min(limits, default=None)
 
 
 def schedule_factor(schedule: str, part: float) -> float:
@@ -226,6 +241,9 @@ def trainer(
     """A Trainer for these rows that keeps its checkpoints in `work`.
 
     `options` are TrainingArguments by name, such as ``report_to`` or ``fsdp``, and come last.
+
+    Raises:
+        PlanError: Trainer knows no such option, or lacks what it asks for.
     """
     device = next(model.parameters()).device
     micro = settings.micro_batch or _micro_batch(settings, device)
@@ -237,8 +255,8 @@ def trainer(
         bf16 = _computes_in_bf16(device)
     arguments: dict[str, Any] = {
         "output_dir": str(work),
-        "max_steps": settings.steps or -1,
-        "num_train_epochs": settings.epochs or (3.0 if settings.minutes is None else 10_000),
+        "max_steps": planned_steps(settings, len(rows)) or -1,
+        "num_train_epochs": 10_000,  # where minutes are the only limit
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": settings.batch_size // micro,
@@ -254,6 +272,7 @@ def trainer(
         "greater_is_better": False,
         "logging_steps": 1 if by_clock else max(1, min(every, 10)),
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_cache": getattr(model.config, "use_cache", False),  # Trainer writes it to the config
         "bf16": bf16,
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type != "cpu",
@@ -266,17 +285,25 @@ def trainer(
         "disable_tqdm": True,
     }
     watch = Watch(settings, task, total)
-    return Training(
-        settings=settings,
-        watch=watch,
-        teacher=teacher,
-        model=model,
-        args=TrainingArguments(**(arguments | dict(options))),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=partial(collate, packed=packed),
-        callbacks=[watch, EarlyStoppingCallback(settings.patience)],
-    )
+    try:
+        return Training(
+            settings=settings,
+            watch=watch,
+            teacher=teacher,
+            model=model,
+            args=TrainingArguments(**(arguments | dict(options))),
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=partial(collate, packed=packed),
+            callbacks=[watch, EarlyStoppingCallback(settings.patience)],
+        )
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise PlanError(
+            f"transformers' Trainer refuses its arguments: {error}",
+            where=", ".join(f"--trainer {name}={value}" for name, value in options.items()),
+        ) from error
 
 
 def _computes_in_bf16(device: torch.device) -> bool:
@@ -294,4 +321,4 @@ def _micro_batch(settings: Recovery, device: torch.device) -> int:
     """Rows at a time: 4096 tokens on a CPU, 16384 on a GPU, a divisor of the batch."""
     limit = 4096 if device.type == "cpu" else 16384
     sizes = [n for n in range(1, settings.batch_size + 1) if settings.batch_size % n == 0]
-    return max((n for n in sizes if n * settings.seq_len <= limit), default=1)
+    return max((n for n in sizes if n * settings.row_tokens <= limit), default=1)

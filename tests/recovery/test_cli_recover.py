@@ -115,6 +115,20 @@ def test_a_recovery_killed_before_it_tidied_up(
     shutil.rmtree(folder / "new")
 
 
+def test_the_defaults_are_cut_to_what_the_model_reads(folder: Path) -> None:
+    (folder / "long.txt").write_text(TEXT * 90)
+    done = run("eval", "model", "small", "--ppl", "long.txt", "--kl", "--json", "cut.json")
+    assert "The model reads at most 128 tokens: 128 at once, not 1024." in done.stderr
+    for measured in json.loads((folder / "cut.json").read_text()):
+        found = [*measured["perplexities"], *measured.get("divergences", ())]
+        assert {figures["window"] for figures in found} == {128}
+    steps = ("--steps", "1", "--set", "rank=2")
+    done = run("recover", "small", "-o", "cut", "--data", "long.txt", *steps)
+    assert "The model reads at most 128 tokens: 128 at once, not 256." in done.stderr
+    record = json.loads((folder / "cut" / "prunec.json").read_text())
+    assert record["recovery"]["settings"]["seq_len"] == 128
+
+
 def test_eval_compares_with_the_first(folder: Path) -> None:
     dense, mended = json.loads((folder / "eval.json").read_text())
     assert "divergences" not in dense
@@ -137,11 +151,27 @@ def test_bad_input_is_one_message(folder: Path) -> None:
             ("recover", "small", "-o", "x", "--data", "text.txt", "--resume", *TRAIN),
             "no interrupted run",
         ),
-        (("recover", "small", "-o", "x", "--data", "text.txt"), "reads at most 128 tokens"),
+        (
+            ("recover", "small", "-o", "x", "--data", "text.txt", "--set", "seq_len=129"),
+            "reads at most 128 tokens",
+        ),
+        (
+            ("recover", "small", "-o", "x", "--data", "text.txt", "--trainer", "nosuch=1", *TRAIN),
+            "Trainer refuses its arguments: ",
+        ),
+        (("recover", "small", "-o", "x", "--method", "full", "--keep-adapter"), "is no adapter"),
+        (("recover", "small", "-o", "x", "--set", "rank=inf"), "must be a whole number"),
+        (("recover", "small", "-o", "x", "--set", "weight_decay=-1"), "at least 0"),
+        (("eval", "small", "--ppl", "text.txt", "--window", "129"), "reads at most 128 tokens"),
         (("recover", "absent", "-o", "x"), "absent is not a model directory"),
         (("report", "model"), "not a directory that prunec wrote"),
         (("eval", "model"), "nothing to measure"),
         (("eval", "model", "--kl", "--speed"), "--kl needs a text"),
+        (
+            ("eval", "model", "--ppl", "text.txt", "--protocol", "A", "--window", "9"),
+            "a protocol says the window itself",
+        ),
+        (("eval", "model", "--tasks", "piqa", "--limit", "0"), "--limit 0 leaves no sample"),
     ):
         said = run(*arguments, code=2).stderr
         assert "error: " in said
@@ -231,3 +261,73 @@ def _seen(folder: Path, file: Path) -> dict[str, Any]:
     assert match, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(unescape(match.group(1)))
     return found
+
+
+@pytest.fixture
+def net(folder: Path) -> Path:
+    """The directory of a plain module, pruned."""
+    code = folder / "plain_net.py"
+    code.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+        "    return net, {'input': torch.randn(2, 4)}\n"
+        "def labelled():\n"
+        "    for n in (5, 2):\n"
+        "        yield torch.randn(n, 4), torch.randint(3, (n,))\n"
+    )
+    if not (folder / "net").exists():
+        run("prune", "plain_net:make", "-o", "net", "--ratio", "0.3", "--recipe", "magnitude")
+    return folder / "net"
+
+
+def test_a_plain_module_is_measured_by_its_program(net: Path) -> None:
+    run("eval", "plain_net:make", "net", "--loader", "plain_net:labelled", "--speed",
+        "--json", "net.json")  # fmt: skip
+    dense, small = json.loads(Path("net.json").read_text())
+    assert dense["accuracies"][0]["samples"] == small["accuracies"][0]["samples"] == 7
+    record = json.loads((net / "prunec.json").read_text())
+    assert [dense["parameters"], small["parameters"]] == record["report"]["parameters"]
+    assert small["speed"][0]["batch"] == 2
+    run("report", "net", "-o", "net.html")
+    page = unescape(Path("net.html").read_text())
+    assert 'model = torch.export.load("net/model.pt2").module()' in page
+    assert "AutoModel" not in page
+    said = run("recover", "net", "-o", "x", code=2).stderr
+    assert "holds a plain PyTorch module" in said
+
+
+@pytest.mark.parametrize(
+    ("named", "files", "line"),
+    [
+        ("BertForMaskedLM", ["tokenizer_config.json"], "AutoModelForMaskedLM, AutoTokenizer"),
+        (
+            "ViTForImageClassification",
+            ["preprocessor_config.json"],
+            "AutoModelForImageClassification, AutoImageProcessor",
+        ),
+        ("PrunecT5ForConditionalGeneration", [], "AutoModelForSeq2SeqLM"),
+    ],
+)
+def test_the_page_opens_each_model_with_its_own_class(
+    tmp_path: Path, named: str, files: list[str], line: str
+) -> None:
+    from prunec.evaluation.page import read_case
+
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [named]}))
+    (tmp_path / "prunec.json").write_text(json.dumps({"report": {}}))
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    assert f"from transformers import {line}\n" in read_case(tmp_path).opening
+
+
+def test_texts_end_where_the_model_stops_reading(folder: Path) -> None:
+    from prunec.cli.compare import continuation
+    from prunec.models import open_model
+
+    source = open_model("model")  # reads 128 tokens
+    assert continuation(source, "fox " * 40)
+    assert continuation(source, "fox " * 200) is None
+    assert continuation(source, "") is None

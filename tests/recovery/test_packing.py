@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from prunec.calibration.rows import Sample
 from prunec.errors import CalibrationError
+from prunec.events import silent
 from prunec.recovery.data import read_samples, split_held_out
 from prunec.recovery.packing import IGNORED, collate, keeps_apart, pack, single
 
@@ -89,6 +91,17 @@ def test_only_the_answer_of_an_instruction_is_learnt(tmp_path: Path) -> None:
         0
     ]
     assert "### Input" not in TOKENIZER.decode(plain.ids)
+
+
+def test_exchanges_without_room_for_an_answer_are_counted(tmp_path: Path) -> None:
+    short, long = ({"prompt": "fox " * n, "completion": "dog"} for n in (1, 40))
+    rows, progress = write(tmp_path / "a.jsonl", short, long, long), Mock(wraps=silent)
+    assert len(read_samples(rows, TOKENIZER, 16, progress=progress).samples) == 1
+    progress.message.assert_called_once_with(
+        "Left out, as their prompts leave no room for an answer in 16 tokens: 2 of 3 samples."
+    )
+    with pytest.raises(CalibrationError, match=r"leave no room.*\n.*--set seq_len"):
+        read_samples(write(tmp_path / "b.jsonl", long), TOKENIZER, 16)
 
 
 def test_text_is_cut_into_windows_and_rows_of_text_too(tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import TEXT, tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from prunec.calibration.rows import Sample
 from prunec.errors import CheckpointError, PlanError
 from prunec.recovery.adapters import attach, find_targets, merge, norms
+from prunec.recovery.packing import collate, single
 from prunec.recovery.recover import Recovered, recover
 from prunec.recovery.settings import load_recovery, recovery_names
 from prunec.recovery.teacher import Teacher, distillation_loss, learnt_positions, soft_targets
-from prunec.recovery.training import Training
+from prunec.recovery.training import Training, planned_steps
 
 pytestmark = [pytest.mark.engine("peft"), pytest.mark.filterwarnings("ignore")]
 TINY = {"steps": 8, "seq_len": 32, "batch_size": 4, "rank": 4, "evaluate_every": 2}
@@ -105,6 +108,24 @@ def test_full_fine_tuning_trains_everything(text: str) -> None:
     assert not any(p.requires_grad for p in found.model.parameters())
 
 
+def test_training_asks_for_no_cache_and_leaves_the_config(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache turns off what keeps samples apart; a config of parts has its switch inside."""
+    asked: list[Any] = []
+    forward = LlamaForCausalLM.forward
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        asked.append(options.get("use_cache"))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", noted)
+    found = run(text, "full", settings={"steps": 1})
+    assert asked
+    assert set(asked) == {False}
+    assert found.model.config.use_cache
+
+
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_what_did_not_get_better_is_returned_as_it_was(text: str, name: str) -> None:
     said: list[str] = []
@@ -165,6 +186,22 @@ def test_a_loss_that_no_longer_falls_ends_the_run(text: str) -> None:
     assert report.after == min(losses)
 
 
+def test_the_limit_that_is_reached_first_ends_the_run() -> None:
+    limits = {"batch_size": 4, "steps": 50, "epochs": 2.5}
+    settings = load_recovery("lora").override(limits)
+    assert planned_steps(settings, rows=9) == 8  # of 3 steps an epoch
+    assert planned_steps(settings, rows=900) == 50
+    assert planned_steps(settings.override({"epochs": None}), rows=9) == 50
+    assert planned_steps(settings.override({"steps": None}), rows=9) == 8
+    assert planned_steps(settings.override({"steps": None, "epochs": None}), rows=9) is None
+
+
+def test_the_epochs_end_a_run_that_has_steps_left(text: str) -> None:
+    settings = load_recovery("lora").override({**TINY, "epochs": 0.01})
+    found = recover(tiny_llama(), tiny_tokenizer(), text, settings, work=Path(text).parent / "work")
+    assert found.report.steps == 1
+
+
 def test_minutes_end_a_run(text: str) -> None:
     settings = load_recovery("lora").override({**TINY, "steps": None, "minutes": 0.05})
     found = recover(tiny_llama(), tiny_tokenizer(), text, settings, work=Path(text).parent / "work")
@@ -205,6 +242,16 @@ def test_the_teacher_is_asked_once_for_a_row(text: str) -> None:
     assert torch.allclose(first.log_p[19:], direct, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_teacher_knows_a_row_again_in_a_batch_of_longer_ones(text: str, packed: bool) -> None:
+    short, long = single([Sample(torch.arange(9)), Sample(torch.arange(20))])
+    teacher = Teacher(tiny_llama(3), temperature=1.0, top_k=8)
+    alone = teacher.targets(collate([short], packed=packed))
+    together = teacher.targets(collate([short, long], packed=packed))
+    assert teacher.misses == 2
+    assert torch.equal(together.tokens[:8], alone.tokens)
+
+
 def test_distillation_follows_the_teacher(text: str) -> None:
     teacher = tiny_llama()
     student = tiny_llama()
@@ -219,6 +266,13 @@ def test_distillation_follows_the_teacher(text: str) -> None:
     assert found.report.steps == 8
     with pytest.raises(PlanError, match="needs the dense model"):
         run(text, "distill")
+
+
+def test_layers_that_peft_refuses_are_one_message(text: str) -> None:
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    model = MambaForCausalLM(MambaConfig(vocab_size=320, **sizes)).eval().requires_grad_(False)
+    with pytest.raises(PlanError, match=r"peft does not adapt this model.*out_proj"):
+        run(text, "lora", model)
 
 
 def test_a_merge_that_changes_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
