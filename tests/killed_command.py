@@ -113,6 +113,7 @@ def _reopen(folders: Sequence[Path]) -> list[list[str]]:
 
     child = os.fork()
     if not child:
+        os.chdir(folders[0])  # what is opened writes there, as the gate's own process does
         acceptance.main(list(folders))
         os._exit(0)
     os.waitpid(child, 0)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from prunec.cli.console import Screen, write_text
+from prunec.cli.folding import folded
 from prunec.errors import ExportError
 from prunec.events import duration
 
@@ -44,6 +47,12 @@ def test_json_has_stdout_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert json.loads(out) == {"perplexity": 1.5}
     assert "134.5 M" in err
+
+
+def test_json_is_json_where_a_figure_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(json="-").write_json({"perplexity": math.inf, "entries": [math.nan, 1.5]})
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"perplexity": None, "entries": [None, 1.5]}
 
 
 def test_quiet_leaves_only_the_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -92,6 +101,43 @@ def test_rows_are_not_printed_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> N
     with screen.task("pruning", total=1) as task:
         task.row({"site": "layers.1.mlp"})
     assert "layers.1.mlp" not in capsys.readouterr().err
+
+
+NAMES = ("model.layers.*.self_attn/query_head", "layers.*.post_attention_layernorm.weight[0]")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_names_fold_at_their_dots(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    head = ("group", "times", "units", "parameters a unit", "FLOPs a unit", "sits in")
+    Screen().table(
+        "Groups", head, [[NAMES[0], "2", "2", "1,024", "60.5 k", NAMES[1]]], words=(0, 5)
+    )
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= columns
+    rows = [re.split(r"[│ ]+", line) for line in shown.splitlines() if re.search(r"[a-z]", line)]
+    parts = {part for row in rows for part in row}
+    whole = re.findall(r"[^ ./_]+[./_]*", " ".join(NAMES))
+    assert all(any(piece in part for part in parts) for piece in whole)
+    assert "1,024" in parts
+    assert (set(NAMES) <= parts) == (columns == 160)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("a sentence of words", 10, ["a sentence", "of words"]),
+        ("  kept in\nall  blocks", 9, ["  kept in", "all", "blocks"]),
+        ("at model.layers.0.mlp", 14, ["at model.", "layers.0.mlp"]),
+        ("model.up_projection_of_it", 14, ["model.up_", "projection_of_", "it"]),
+        ("nosuchplace", 4, ["nosuchplace"]),
+        ("", 4, [""]),
+    ],
+)
+def test_a_text_folds_at_the_coarsest_place(text: str, width: int, lines: list[str]) -> None:
+    assert folded(text, width).split("\n") == lines
 
 
 def test_times_are_in_words() -> None:

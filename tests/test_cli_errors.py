@@ -17,6 +17,7 @@ from tiny_model import TEXT, write_tiny_llama
 from typer.testing import CliRunner
 
 from prunec.cli.app import app
+from prunec.cli.runs import RecipeRun
 from prunec.staging import lock
 
 
@@ -213,6 +214,14 @@ def test_evaluation_text_is_read_before_any_model(work: Path) -> None:
     assert refused(work, "eval", "absent", "--ppl", "absent.txt").startswith("no such text file")
 
 
+def test_every_model_is_looked_for_before_one_is_measured(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunec.cli.evaluate.measure_model", pytest.fail)
+    message = refused(work, "eval", "model", "./absent", "--ppl", "text.txt")
+    assert message.startswith("no such model: ./absent\n")
+
+
 def test_evaluation_text_shorter_than_a_window(work: Path) -> None:
     (work / "short.txt").write_text("one two")
     message = refused(work, "eval", "model", "--ppl", "short.txt", "--window", "64")
@@ -248,3 +257,19 @@ def test_an_interrupt_leaves_nothing_behind(work: Path, sent: signal.Signals) ->
     assert "Traceback" not in first + rest
     assert rest.endswith("interrupted\n")
     assert names(work) == before
+
+
+def test_a_class_that_no_directory_opens_is_refused_before_any_work(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecipeRun, "batches", lambda *_: pytest.fail("it computes"))
+    (work / "own_model.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaForCausalLM):\n"
+        "    pass\n"
+        "def make():\n"
+        "    return Own(LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1,\n"
+        "                           intermediate_size=8, vocab_size=16))\n"
+    )
+    said = refused(work, "prune", "own_model:make", "-o", "out", "--ratio", "0.3")
+    assert "Own is not a transformers class that an Auto class opens" in said

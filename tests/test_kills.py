@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+    get_temp_dir()  # where the server listens: a socket's path is short, this test's may not be
     monkeypatch.setattr(tempfile, "tempdir", settings["TMPDIR"])
     return Place(tmp_path)
 

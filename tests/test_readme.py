@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -36,6 +37,16 @@ def test_make_has_the_targets_of_the_readme() -> None:
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)", TEXT, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_tables_of_the_readme_are_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    cells = importlib.import_module("cells")
+    for samples, seq_len, windows in ((32, 512, 20), (128, 1024, 40)):
+        protocol = cells.Protocol("smollm2", samples, seq_len, 1024, windows)
+        table = cells.markdown(cells.Table(protocol))
+        assert table.count("\n") > 5
+        assert table in TEXT, protocol.name
 
 
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

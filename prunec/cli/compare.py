@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +37,10 @@ Base = Annotated[
 Ppl = Annotated[
     Path | None, typer.Option("--ppl", metavar="FILE", help="Text to measure perplexity on.")
 ]
-Window = Annotated[int, typer.Option(min=2, help="Tokens a window of --ppl.")]
+Window = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens a window of --ppl.  [default: 1024, or what the model reads]"),
+]
 MaxWindows = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Only the first N windows.")
 ]
@@ -59,12 +64,13 @@ def report(
     out: Out = None,
     base: Base = None,
     ppl: Ppl = None,
-    window: Window = 1024,
+    window: Window = None,
     max_windows: MaxWindows = None,
     prompt: Prompt = None,
     figures: Figures = None,
     measure: Measure = True,
     device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write one HTML page about a pruned model, to show around.
@@ -77,7 +83,7 @@ def report(
     target = out or directory / "report.html"
     _write(
         [directory], target, base, ppl, window, max_windows, prompt, figures,
-        measure=measure, device=device, quiet=quiet,
+        measure=measure, device=device, trust_remote_code=trust_remote_code, quiet=quiet,
     )  # fmt: skip
 
 
@@ -88,12 +94,13 @@ def compare(
     out: Out = None,
     base: Base = None,
     ppl: Ppl = None,
-    window: Window = 1024,
+    window: Window = None,
     max_windows: MaxWindows = None,
     prompt: Prompt = None,
     figures: Figures = None,
     measure: Measure = True,
     device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write one HTML page that puts several pruned models beside each other.
@@ -102,7 +109,7 @@ def compare(
     """
     _write(
         directories, out or Path("comparison.html"), base, ppl, window, max_windows, prompt,
-        figures, measure=measure, device=device, quiet=quiet,
+        figures, measure=measure, device=device, trust_remote_code=trust_remote_code, quiet=quiet,
     )  # fmt: skip
 
 
@@ -111,21 +118,26 @@ def _write(
     out: Path,
     base: str | None,
     ppl: Path | None,
-    window: int,
+    window: int | None,
     max_windows: int | None,
     prompts: Sequence[str] | None,
     figures: Path | None,
     *,
     measure: bool,
     device: str,
+    trust_remote_code: bool,
     quiet: bool,
 ) -> None:
     from prunec.calibration import read_text
     from prunec.cli.console import Screen, check_file_target, write_text
+    from prunec.cli.opening import open_measured
     from prunec.evaluation import Comparison
     from prunec.evaluation.page import build_page, read_case
 
     screen = Screen(quiet=quiet)
+    opened = partial(
+        open_measured, progress=screen, device=device, trust_remote_code=trust_remote_code
+    )
     check_file_target(out, "-o")
     if ppl is not None:
         read_text(ppl)
@@ -143,7 +155,7 @@ def _write(
             continue
         source = None
         if measure or ppl:
-            source = _open(screen, spec, device, missing, needed=case is not None)
+            source = _open(opened, spec, missing, needed=case is not None)
         found = _measured(
             screen, case.name if case else spec, spec, source, wanted, known,
             prompts or PROMPTS if measure else (),
@@ -173,13 +185,11 @@ def _common_base(cases: Sequence[Case]) -> str | None:
 
 
 def _open(
-    screen: Screen, spec: str, device: str, missing: list[str], *, needed: bool
+    opened: Callable[[str], Source], spec: str, missing: list[str], *, needed: bool
 ) -> Source | None:
     """A dense model that is no longer at hand is said in the page; a missing DIR is an error."""
-    from prunec.cli.opening import open_source
-
     try:
-        return open_source(spec, screen, device=device)
+        return opened(spec)
     except ModelError as error:
         if needed:
             raise
@@ -215,16 +225,20 @@ def _measured(
 
 
 def continuation(source: Source, prompt: str) -> str | None:
-    """What a model makes of a prompt, greedily; None for one that does not continue text."""
+    """What a model makes of a prompt, greedily, as far as it reads; None if it writes none."""
+    from prunec.models.context import context_length
     from prunec.models.generation import generates
 
     model: Any = source.model
     if source.tokenizer is None or not generates(model):
         return None
     inputs = source.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    inputs = inputs.to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    new = tokens[0, inputs["input_ids"].shape[1] :]
+    inputs, length = inputs.to(model.device), inputs["input_ids"].shape[1]
+    count = min(NEW_TOKENS, (context_length(model) or math.inf) - length)
+    if length == 0 or count < 1:
+        return None
+    tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    new = tokens[0, length:]
     return str(source.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -24,12 +25,14 @@ from rich.progress import Task as BarTask
 from rich.table import Table
 from rich.text import Text
 
+from prunec.cli.folding import Cell
 from prunec.errors import ExportError
 from prunec.events import Task, duration
 from prunec.staging import write_whole
 
 PIPE_WIDTH = 120
 LIVE_ROWS = 12
+_NARROW = 80
 
 
 class _Count(MofNCompleteColumn):
@@ -48,7 +51,7 @@ class _Board(Bars):
         if self.rows:
             table = Table(*self.rows[-1], box=None, pad_edge=False)
             for row in self.rows[-LIVE_ROWS:]:
-                table.add_row(*(Text(cell) for cell in row.values()))
+                table.add_row(*map(Cell, row.values()))
             yield table
         yield self.make_tasks_table(self.tasks)
 
@@ -141,7 +144,7 @@ class Screen:
 
         Heads of figures take two lines: what they save in width the words have.
         """
-        table = Table(title=title, title_justify="left")
+        table = self._table(title)
         for index, column in enumerate(columns):
             table.add_column(
                 column if index in words else column.replace(" ", "\n", 1),
@@ -150,15 +153,22 @@ class Screen:
                 overflow="fold",
             )
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(Cell, row))
         self._out.print(table)
 
     def facts(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Pairs of a name and a text."""
-        table = Table(title=title, title_justify="left", show_header=False)
+        table = self._table(title, show_header=False)
         for name, text in rows:
-            table.add_row(Text(name), Text(text))
+            table.add_row(Cell(name), Cell(text))
         self._out.print(table)
+
+    def _table(self, title: str, *, show_header: bool = True) -> Table:
+        """A ruled table; where columns are few, one without lines between its own."""
+        table = Table(title=title, title_justify="left", show_header=show_header)
+        if self._out.width < _NARROW:
+            table.box, table.padding = box.SIMPLE_HEAD, 0
+        return table
 
     def timings(self) -> None:
         """How long each step took."""
@@ -167,10 +177,14 @@ class Screen:
         self.table("Time", ["step", ""], rows)
 
     def write_json(self, value: Mapping[str, Any] | Sequence[Any]) -> None:
-        """Write `value` where ``--json`` said, if it did: a file, or ``-`` for stdout."""
+        """Write `value` where ``--json`` said, if it did: a file, or ``-`` for stdout.
+
+        JSON has no word for what is not finite: such a figure is null.
+        """
         if self._json is None:
             return
-        text = json.dumps(value, indent=2) + "\n"
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        text = json.dumps(finite, indent=2) + "\n"
         if self._json == "-":
             sys.stdout.write(text)
             return

@@ -30,7 +30,13 @@ def evaluate(
             "4096 (C). --ppl replaces the text.",
         ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens a window.  [default: 1024, of --masked 128, or what the model reads]",
+        ),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens from window to window.  [default: a window]")
     ] = None,
@@ -87,8 +93,10 @@ def evaluate(
     """
     from prunec.calibration import read_text
     from prunec.cli.console import Screen, check_file_target, write_text
-    from prunec.cli.opening import open_source
+    from prunec.cli.opening import open_measured
     from prunec.evaluation import Comparison
+    from prunec.evaluation.tasks import find_tasks
+    from prunec.models import find_model
 
     screen = Screen(quiet=quiet, json=json)
     check_file_target(markdown, "--markdown")
@@ -96,11 +104,12 @@ def evaluate(
         if path is not None:
             read_text(path)  # its errors come before the models open
     plan = Wanted(
-        texts=_texts(screen, ppl, protocol, window),
+        texts=_texts(screen, ppl, protocol, window, stride),
+        window=window,
         stride=stride,
         max_windows=max_windows,
         divergence=divergence,
-        tasks=tuple(name for name in (tasks or "").split(",") if name),
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
         include_path=tuple(include_path or ()),
         limit=limit if limit is None or limit < 1 else int(limit),
         num_fewshot=num_fewshot,
@@ -110,11 +119,16 @@ def evaluate(
         speed=speed,
     )
     plan.check()
+    if plan.tasks:
+        with screen.task("find the tasks"):
+            find_tasks(plan.tasks, plan.include_path)
+    for spec in models[1:]:  # the first is opened before anything is measured
+        find_model(spec, trust_remote_code=trust_remote_code, progress=screen)
     entries: list[dict[str, Any]] = []
     found: list[Evaluation] = []
     base: Source | None = None
     for spec in models:
-        source = open_source(
+        source = open_measured(
             spec, screen, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         evaluation, entry = measure_model(screen, spec, source, plan, base)
@@ -131,11 +145,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the window to measure it in; `protocol` is the papers' name of the two."""
+    """A text and the window asked for, if any; `protocol` is the papers' name of the two."""
 
     content: Path | str
     name: str
-    window: int
+    window: int | None
     protocol: str | None = None
 
 
@@ -144,6 +158,7 @@ class Wanted:
     """What is to be measured."""
 
     texts: tuple[Text, ...] = ()
+    window: int | None = None
     stride: int | None = None
     max_windows: int | None = None
     divergence: bool = False
@@ -164,6 +179,10 @@ class Wanted:
             raise CalibrationError(
                 "nothing to measure",
                 fix="--ppl FILE, --protocol A, --tasks NAME, --masked FILE, --loader M:F, --speed",
+            )
+        if self.limit is not None and not self.limit > 0:
+            raise CalibrationError(
+                f"--limit {self.limit:g} leaves no sample", fix="a number above 0"
             )
 
 
@@ -266,6 +285,7 @@ def _accuracies(screen: Screen, source: Source, plan: Wanted) -> Found:
             source.model,
             source.tokenizer,
             plan.masked,
+            window=plan.window,
             max_windows=plan.max_windows,
             progress=screen,
         )
@@ -283,7 +303,7 @@ def _speed(screen: Screen, source: Source, plan: Wanted) -> Found:
     if not plan.speed:
         return []
     with screen.task(f"time {source.spec}"):
-        measured = measure(source.model)
+        measured = measure(source.model, example=source.example)
     return [(vars(measured), speed_metrics(measured))]
 
 
@@ -294,12 +314,24 @@ def show_comparison(screen: Screen, comparison: Any) -> None:
         screen.say(note)
 
 
-def _texts(screen: Screen, ppl: Path | None, protocol: str | None, window: int) -> tuple[Text, ...]:
+def _texts(
+    screen: Screen,
+    ppl: Path | None,
+    protocol: str | None,
+    window: int | None,
+    stride: int | None,
+) -> tuple[Text, ...]:
     from prunec.evaluation import named_protocol, wikitext2_test
     from prunec.evaluation.protocols import TEXT
 
     if protocol is None:
         return () if ppl is None else (Text(ppl, ppl.name, window),)
-    named = [named_protocol(name) for name in protocol.split(",")]
+    named = [named_protocol(name.strip()) for name in protocol.split(",")]
+    if window or stride:
+        raise CalibrationError(
+            "a protocol says the window itself, and windows do not overlap",
+            where=f"--protocol {protocol}",
+            fix="leave out --window and --stride, or --protocol",
+        )
     content, name = (ppl, ppl.name) if ppl else (wikitext2_test(screen), TEXT)
     return tuple(Text(content, name, found.window, found.name) for found in named)

@@ -58,6 +58,28 @@ def open_source(
         )
 
 
+def open_measured(
+    spec: str,
+    progress: Progress,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Source:
+    """The MODEL to be measured; of a plain module's directory the program in it, as saved."""
+    from prunec.codegen.load_plain import is_plain, open_program
+    from prunec.models import Source
+    from prunec.models.digest import state_digest
+
+    if not is_plain(Path(spec)):
+        return open_source(
+            spec, progress, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    with progress.task(f"open {spec}"):
+        model, example = open_program(Path(spec), device)
+    return Source(model, None, example, spec, state_digest(model), device=device)
+
+
 def save_result(
     result: Result,
     out: Path,

@@ -12,7 +12,14 @@ import typer
 from prunec.cli import options
 from prunec.cli.recover import chosen, run, show
 from prunec.cli.report import show_outline, show_report
-from prunec.cli.runs import RecipeRun, carried_out, check_weights, is_done, progress_kept
+from prunec.cli.runs import (
+    RecipeRun,
+    carried_out,
+    check_class,
+    check_weights,
+    is_done,
+    progress_kept,
+)
 from prunec.errors import ExportError, PlanError
 
 if TYPE_CHECKING:
@@ -215,6 +222,8 @@ def prune(
         screen.write_json({"model": model, "out": None, "ratio": part, **asdict(outline)})
         return
     check_weights(source)
+    if written:
+        check_class(source)
     save = partial(save_result, overwrite=overwrite, max_shard_size=max_shard_size)
     if isinstance(asked, RecipeRun):
         assert written
@@ -234,7 +243,10 @@ def prune(
     if written and training:
         data = recover_data or parse_source((calibration or ["self"])[0]).name
         place = (device, device, dtype)
-        mended = run(screen, written, written, training, data, place=place, overwrite=True)
+        mended = run(
+            screen, written, written, training, data,
+            place=place, overwrite=True, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if mended is not None:
             show(screen, mended)
             record["recovery"] = mended.to_json()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,7 @@ def recover(
     json: options.Json = None,
     device: options.Device = "cpu",
     dtype: options.DType = "float32",
+    trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train what pruning left: LoRA, distillation, scales or everything.
@@ -103,6 +105,8 @@ def recover(
     if given:
         settings = replace(settings, steps=None, epochs=None, minutes=None).override(given)
     settings = settings.override({"seed": seed})
+    if keep_adapter and settings.train == "full":
+        raise PlanError("there is no adapter where every weight trains", where="--keep-adapter")
     report = run(
         screen,
         directory,
@@ -115,6 +119,7 @@ def recover(
         keep_adapter=keep_adapter,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     if report is not None:
         show(screen, report)
@@ -143,25 +148,34 @@ def run(
     keep_adapter: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> RecoveryReport | None:
     """Recover `directory` into `out`; None in the further processes of a distributed run."""
     from prunec.cli.opening import open_source
+    from prunec.codegen.load_plain import is_plain
     from prunec.codegen.rewrite import read_record, rewrite
     from prunec.models.quiet import quiet
     from prunec.recovery.recover import recover as train
 
+    if is_plain(directory):
+        raise ModelError(
+            f"{directory} holds a plain PyTorch module",
+            so="recovery trains causal language models of transformers",
+            fix="train the module that prunec.load(directory, into=module) gives",
+        )
     if not (directory / "config.json").is_file():
         raise ModelError(
             f"{directory} is not a model directory", fix="name the OUT of prunec prune"
         )
     device, teacher_device, dtype = place
-    source = open_source(str(directory), screen, device=device, dtype=dtype)
+    opened = partial(open_source, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = opened(str(directory), screen, device=device)
     dense: Source | None = None
     if settings.objective == "distill" or data == "self":
         name = teacher or read_record(directory).get("base_model")
         if not name:
             raise PlanError(f"{directory} does not name its dense model", fix="--teacher MODEL")
-        dense = open_source(str(name), screen, device=teacher_device, dtype=dtype)
+        dense = opened(str(name), screen, device=teacher_device)
     work = _checkpoints(out)
     with checkpoints_kept(screen, work):
         recovered = train(

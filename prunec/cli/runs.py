@@ -196,3 +196,12 @@ def check_weights(source: Source) -> None:
         raise ModelError(
             f"{source.spec} has no weights", fix="add --random-weights to go on without"
         )
+
+
+def check_class(source: Source) -> None:
+    """Raises ExportError for a model of transformers that no directory could be opened as."""
+    from prunec.codegen.hf import auto_class
+    from prunec.codegen.shrink import is_transformers
+
+    if is_transformers(source.model):
+        auto_class(source.model)

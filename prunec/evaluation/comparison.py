@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any, Literal
 
 from prunec.evaluation.accuracy import Accuracy
@@ -59,8 +60,9 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
-        """Reads what `to_json` wrote."""
-        return cls(str(data["model"]), tuple(Metric(**entry) for entry in data["metrics"]))
+        """Reads what `to_json` wrote; a figure that is not finite may have become None."""
+        entries = [{**entry, "value": _number(entry["value"])} for entry in data["metrics"]]
+        return cls(str(data["model"]), tuple(Metric(**entry) for entry in entries))
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class Comparison:
         return [name if len(same_name) == 1 else f"{name} ({how})", _shown(base), *cells]
 
 
+def _number(value: float | None) -> float:
+    return nan if value is None else value
+
+
 def shown(metric: Metric) -> str:
     """A figure with its standard error, in units that a person reads.
 
@@ -120,7 +126,9 @@ def _form(metric: Metric) -> tuple[float, int, str]:
     if metric.unit == "count":
         return 1.0, 0, ""
     if metric.unit == "bytes":
-        return (1e-9, 2, "GB") if metric.value >= 1e9 else (1e-6, 1, "MB")
+        sizes = ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB"))
+        size, digits, unit = next((s for s in sizes if metric.value >= s[0]), (1.0, 0, "B"))
+        return 1 / size, digits, unit
     if metric.unit == "nats":
         return 1.0, 4, ""
     return 1.0, 2 if metric.value < 1000 else 0, metric.unit
@@ -162,7 +170,7 @@ def divergence_metrics(found: Divergence, data: str) -> list[Metric]:
 def task_metric(score: TaskScore) -> Metric:
     """One metric of one task; accuracies are shown in per cent."""
     part = score.metric.startswith(("acc", "average", "exact_match", "f1", "mcc"))
-    how = f"lm-eval, {score.shots}-shot"
+    how = f"{score.task}: lm-eval, {score.shots}-shot, {score.samples:,} samples"
     return Metric(
         f"{score.task} {score.metric}",
         score.value,
@@ -184,7 +192,9 @@ def accuracy_metrics(found: Accuracy, name: str) -> list[Metric]:
 
 def speed_metrics(speed: Speed) -> list[Metric]:
     """Latency and memory."""
-    how = f"medians, batch {speed.batch}, prompt {speed.prompt}, {speed.threads} threads"
+    what = "one pass of the example inputs" if speed.prompt is None else f"prompt {speed.prompt}"
+    threads = "1 thread" if speed.threads == 1 else f"{speed.threads} threads"
+    how = f"medians, batch {speed.batch}, {what}, {threads}"
     found = [Metric("prefill", speed.prefill_ms, None, "ms", False, how)]
     if speed.decode_ms_per_token is not None:
         found.append(Metric("a new token", speed.decode_ms_per_token, None, "ms", False, how))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunec.errors import CalibrationError
 from prunec.evaluation.logits import logit_chunks, with_positions
 from prunec.evaluation.perplexity import (
+    WINDOW,
     check_model,
     mean_and_error,
     token_ids,
@@ -22,6 +23,7 @@ from prunec.evaluation.perplexity import (
     windows_of,
 )
 from prunec.events import Progress, silent
+from prunec.models.context import context_length
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,22 @@ def divergence(
     tokenizer_or_ids: Any,
     text: str | PathLike[str] | None = None,
     *,
-    window: int = 1024,
+    window: int | None = None,
     max_windows: int | None = None,
     progress: Progress = silent,
 ) -> Divergence:
     """KL divergence from the dense model and top-1 agreement, on non-overlapping windows.
 
-    Every position of a window counts. The sums are in fp64 over fp32 log-probabilities; logits of
-    either model are held for a few positions at a time.
+    A window has 1024 tokens by default, or what both models read; every position of it counts. The
+    sums are in fp64 over fp32 log-probabilities; logits of either model are held for a few
+    positions at a time.
 
     Raises:
         CalibrationError: the text is unusable, or the vocabularies differ.
     """
     ids, data = token_ids(tokenizer_or_ids, text, progress)
+    if window is None:
+        window = min(WINDOW, *(context_length(reader) or WINDOW for reader in (model, dense)))
     windows = windows_of(len(ids), window, None, data)[:max_windows]
     if not windows:
         raise CalibrationError(f"no windows were asked for: max_windows={max_windows}")

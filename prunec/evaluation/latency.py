@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -31,10 +31,10 @@ class Speed:
     """Medians over repeats, after a warm-up run.
 
     `prefill_ms` is the time to the first token after `prompt` tokens in `batch` sequences;
-    `decode_ms_per_token` that of each of the `new_tokens` - 1 steps after it, with a KV cache
-    (None for a model that does not generate: `prefill_ms` is then one forward pass of its example
-    inputs). `peak_memory_bytes` is the weights and what a run needs beside them. `threads` is
-    torch's.
+    `decode_ms_per_token` that of each of the `new_tokens` - 1 steps after it, with a KV cache.
+    Of a model that does not generate `prefill_ms` is one forward pass of its example inputs,
+    `batch` the samples in them, and what is of tokens None. `peak_memory_bytes` is the weights and
+    what a run needs beside them. `threads` is torch's.
     """
 
     prefill_ms: float
@@ -42,13 +42,14 @@ class Speed:
     peak_memory_bytes: int
     threads: int
     batch: int
-    prompt: int
-    new_tokens: int
+    prompt: int | None
+    new_tokens: int | None
 
 
 def measure(
     model: nn.Module,
     *,
+    example: Mapping[str, Tensor] | None = None,
     batch: int = 1,
     prompt: int | None = None,
     new_tokens: int = 32,
@@ -56,7 +57,9 @@ def measure(
 ) -> Speed:
     """Latency of greedy generation from random tokens, and peak memory, in this process.
 
-    `prompt` is 512 by default, or as much as the model reads beside the new tokens.
+    `prompt` is 512 by default, or as much as the model reads beside the new tokens, which are then
+    at most half of that. A model that does not generate runs on `example`, its inputs by name, by
+    default `prunec.models.example_inputs`.
 
     Memory on the CPU: the bytes of the parameters, and the growth of the process's resident
     memory during one run of its own, sampled every millisecond after freed memory went back to
@@ -66,11 +69,18 @@ def measure(
     Raises:
         PlanError: sizes that cannot be measured, or more tokens than the model reads.
     """
-    limit = context_length(model)
     if prompt is None:
-        prompt = min(_PROMPT, limit - new_tokens) if limit else _PROMPT
+        prompt, limit = _PROMPT, context_length(model)
+        if limit:
+            new_tokens = min(new_tokens, max(2, limit // 2))
+            prompt = min(prompt, limit - new_tokens)
     _check(model, batch, prompt, new_tokens, repeats)
-    run = _generation(model, batch, prompt, new_tokens) if generates(model) else _forward(model)
+    writes = generates(model)
+    if writes:
+        run = _generation(model, batch, prompt, new_tokens)
+    else:
+        example = example_inputs(model) if example is None else example
+        batch, run = len(next(iter(example.values()))), _forward(model, example)
     with torch.inference_mode():
         run()
         runs = [run() for _ in range(repeats)]
@@ -82,8 +92,8 @@ def measure(
         peak_memory_bytes=peak,
         threads=torch.get_num_threads(),
         batch=batch,
-        prompt=prompt,
-        new_tokens=new_tokens,
+        prompt=prompt if writes else None,
+        new_tokens=new_tokens if writes else None,
     )
 
 
@@ -124,8 +134,7 @@ def _generation(model: Any, batch: int, prompt: int, new_tokens: int) -> Callabl
     return run
 
 
-def _forward(model: nn.Module) -> Callable[[], list[float]]:
-    inputs = example_inputs(model)
+def _forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], list[float]]:
     device = next(iter(inputs.values())).device
 
     def run() -> list[float]:

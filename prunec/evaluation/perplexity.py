@@ -16,9 +16,11 @@ from prunec.calibration.text import read_text, tokenise
 from prunec.errors import CalibrationError
 from prunec.evaluation.logits import Inputs, logit_chunks, token_losses, with_positions
 from prunec.events import Progress, silent
-from prunec.models.context import context_length
+from prunec.models.context import context_length, fitting
 from prunec.models.digest import token_digest
 from prunec.models.generation import generates
+
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def perplexity(
     tokenizer_or_ids: Any,
     text: str | PathLike[str] | None = None,
     *,
-    window: int = 1024,
+    window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     batch_size: int = 1,
@@ -63,7 +65,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity on a text: exp of the mean negative log-likelihood of its tokens, in windows.
 
-    Without `stride`: non-overlapping windows of `window` tokens, each loses its first, and what
+    `window` is 1024 tokens by default, or what the model reads at most.
+    Without `stride`: non-overlapping windows of so many tokens, each loses its first, and what
     does not fill the last window is left out; the mean is over all tokens scored. This is the
     protocol of LLM-Pruner (window 128) and of SparseGPT (2048). With `stride` < `window`: windows
     begin `stride` tokens apart, each scores the tokens that the one before it did not reach, and
@@ -82,6 +85,8 @@ def perplexity(
             than the tokenizer's.
     """
     ids, data = token_ids(tokenizer_or_ids, text, progress)
+    if window is None:
+        window = fitting(WINDOW, context_length(model), progress)
     windows = windows_of(len(ids), window, stride, data)[:max_windows]
     check_model(model, ids, window)
     if not windows or batch_size < 1:

@@ -71,16 +71,11 @@ def task_scores(
         CalibrationError: no such task, a data set that cannot be had, or a model that does not
             continue text.
     """
-    lm_eval = _lm_eval()
     if not generates(model) or tokenizer is None:
         raise CalibrationError(f"{type(model).__name__} does not continue text: it has no tasks")
-    wanted = [name for task in tasks for name in GROUPS.get(task, (task,))]
-    for folder in include_path:
-        if not folder.is_dir():
-            raise CalibrationError(f"no such folder of tasks: {folder}", fix="--include-path DIR")
+    wanted, manager = find_tasks(tasks, include_path)
+    lm_eval = _lm_eval()
     with quiet(), _bars(progress, f"tasks {', '.join(tasks)}"):
-        manager = lm_eval.tasks.TaskManager(include_path=[str(path) for path in include_path])
-        _check_names(wanted, manager)
         harness = import_module("lm_eval.models.huggingface").HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size
         )
@@ -106,16 +101,19 @@ def task_scores(
     return scores
 
 
-def _lm_eval() -> Any:
-    try:
-        module = import_module("lm_eval")
-        import_module("lm_eval.tasks")
-    except ImportError as error:
-        raise PluginError("lm-eval is not installed", fix="pip install 'prunec[eval]'") from error
-    return module
+def find_tasks(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> tuple[list[str], Any]:
+    """The names of lm-eval that these stand for, and the manager that knows them.
 
-
-def _check_names(wanted: Sequence[str], manager: Any) -> None:
+    Raises:
+        PluginError: lm-eval is not installed.
+        CalibrationError: no such task, or no such folder.
+    """
+    for folder in include_path:
+        if not folder.is_dir():
+            raise CalibrationError(f"no such folder of tasks: {folder}", fix="--include-path DIR")
+    wanted = [name for task in tasks for name in GROUPS.get(task, (task,))]
+    with quiet(), _silenced():
+        manager = _lm_eval().tasks.TaskManager(include_path=[str(path) for path in include_path])
     for name in wanted:
         if name not in manager.task_index:
             near = get_close_matches(name, [*manager.all_tasks, *GROUPS], n=3)
@@ -123,6 +121,16 @@ def _check_names(wanted: Sequence[str], manager: Any) -> None:
                 f"lm-eval has no task {name!r}",
                 fix=f"near: {', '.join(near)}" if near else "lm-eval ls tasks lists them",
             )
+    return wanted, manager
+
+
+def _lm_eval() -> Any:
+    try:
+        module = import_module("lm_eval")
+        import_module("lm_eval.tasks")
+    except ImportError as error:
+        raise PluginError("lm-eval is not installed", fix="pip install 'prunec[eval]'") from error
+    return module
 
 
 def _scores(found: Any) -> list[TaskScore]:
@@ -175,17 +183,25 @@ def _bars(progress: Progress, description: str) -> Iterator[None]:
     names = ("models.huggingface", "api.task", "api.model")
     modules: list[Any] = [import_module(f"lm_eval.{name}") for name in names]
     bars = [module.tqdm for module in modules]
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
-        with progress.task(description):
+        with progress.task(description), _silenced():
             for module in modules:
                 module.tqdm = _bar(progress)
             yield
     finally:
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Inside, of lm-eval's log only errors."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
         log.setLevel(level)
 
 

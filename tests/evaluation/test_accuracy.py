@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import TEXT, tiny_tokenizer
+from tiny_readers import bert, marking_tokenizer
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -49,6 +50,12 @@ def test_a_masked_language_model_is_scored_alike_twice() -> None:
         masked_accuracy(model, tiny_tokenizer(), TEXT * 4, window=20)
 
 
+def test_windows_are_cut_to_what_the_encoder_reads() -> None:
+    found = masked_accuracy(bert(), marking_tokenizer(), TEXT * 20)  # reads 64 tokens
+    whole = masked_accuracy(bert(), marking_tokenizer(), TEXT * 20, window=64)
+    assert found == whole
+
+
 def test_classes_from_a_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "given_batches.py").write_text(
         "import torch\n"
@@ -72,5 +79,14 @@ def test_classes_from_a_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         loaded_accuracy(nn.Identity(), "given_batches:absent")
     with pytest.raises(CalibrationError, match="do not go with logits"):
         accuracy(nn.Identity(), [(torch.eye(4), torch.zeros(3, dtype=torch.int64))])
+    with pytest.raises(CalibrationError, match="numbers from 0 to 3"):
+        accuracy(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 4]))])
+    with pytest.raises(CalibrationError, match="does not fit Identity"):
+        accuracy(nn.Identity(), [{"pixels": torch.eye(4), "labels": torch.arange(4)}])
+    with pytest.raises(CalibrationError, match="Linear does not take a batch") as caught:
+        accuracy(nn.Linear(3, 2), [(torch.eye(4), torch.arange(4))])
+    assert "its inputs are input [4, 4]" in str(caught.value)
+    with pytest.raises(CalibrationError, match="ids is a list, not a tensor"):
+        accuracy(nn.Identity(), [{"input": torch.eye(4), "ids": ["a"], "labels": torch.arange(4)}])
     with pytest.raises(CalibrationError, match="no labels"):
         accuracy(nn.Identity(), [(torch.eye(1), torch.tensor([-100]))])

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from math import isnan
+
 import pytest
 from tiny_model import tiny_llama
 
 from prunec.errors import CalibrationError, ModelError, PlanError
 from prunec.evaluation import Comparison, Evaluation, Metric, measure, named_protocol
-from prunec.evaluation.comparison import shown
+from prunec.evaluation.comparison import shown, task_metric
+from prunec.evaluation.tasks import TaskScore
 
 
 def test_retention_is_the_better_way_up() -> None:
@@ -44,10 +48,26 @@ def test_one_table_for_several_models() -> None:
     assert Evaluation.from_json(small.to_json()) == small
 
 
+def test_a_figure_that_is_not_finite_comes_back_from_json() -> None:
+    entry = asdict(Metric("perplexity", 1.0)) | {"value": None}
+    (metric,) = Evaluation.from_json({"model": "broken", "metrics": [entry]}).metrics
+    assert isnan(metric.value)
+    assert shown(metric) == "nan"
+
+
 def test_units_that_a_person_reads() -> None:
     assert shown(Metric("m", 538e6, unit="bytes")) == "538.0 MB"
     assert shown(Metric("m", 2.5e9, unit="bytes")) == "2.50 GB"
+    assert shown(Metric("m", 12_300, unit="bytes")) == "12.3 kB"
+    assert shown(Metric("m", 0, unit="bytes")) == "0 B"
     assert shown(Metric("n", 134515008, unit="count")) == "134,515,008"
+
+
+def test_a_task_says_of_how_many_samples_it_is() -> None:
+    part = TaskScore("piqa", "acc", 0.5, 0.05, True, samples=200, shots=0, version="1")
+    assert task_metric(part).how == "piqa: lm-eval, 0-shot, 200 samples"
+    whole = replace(part, samples=1838)
+    assert task_metric(whole).how != task_metric(part).how
 
 
 def test_protocols_have_names() -> None:

@@ -7,9 +7,16 @@ import pytest
 import torch
 from tiny_model import VOCABULARY, tiny_llama
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GenerationConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from prunec.evaluation import file_size, measure, parameter_count
+from prunec.evaluation.comparison import speed_metrics
 from prunec.evaluation.latency import resident_growth
 from prunec.evaluation.size import parameter_bytes
 
@@ -72,7 +79,24 @@ def test_a_model_that_does_not_generate_is_timed_on_its_example() -> None:
     )  # fmt: skip
     speed = measure(BertForMaskedLM(config).eval(), repeats=1)
     assert speed.prefill_ms > 0
+    assert (speed.batch, speed.prompt, speed.new_tokens) == (2, None, None)
     assert speed.decode_ms_per_token is None
+    assert speed_metrics(speed)[0].how.startswith(
+        "medians, batch 2, one pass of the example inputs"
+    )
+
+
+def test_a_module_of_ones_own_is_timed_on_the_inputs_given() -> None:
+    assert measure(nn.Linear(4, 3), example={"input": torch.ones(5, 4)}, repeats=1).batch == 5
+
+
+def test_a_model_of_few_positions_is_timed_within_them() -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=12,
+    )  # fmt: skip
+    speed = measure(LlamaForCausalLM(config).eval(), repeats=1)
+    assert (speed.prompt, speed.new_tokens) == (6, 6)
 
 
 @pytest.mark.parametrize("megabytes", [64, 256])

@@ -173,7 +173,7 @@ def test_a_broken_model_gives_nan_and_a_bad_one_infinity() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "reason"),
     [
-        ("short", {}, "text has 5 tokens, fewer than one window of 1024"),
+        ("short", {}, "text has 5 tokens, fewer than one window of 128"),
         (None, {}, "needs a text, or token ids"),
         (Path("nope.txt"), {}, "no such text file: nope.txt"),
         (LONG, {"window": 1}, "window 1 and stride None do not fit together"),

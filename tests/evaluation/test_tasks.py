@@ -119,3 +119,5 @@ def test_unknown_tasks_and_folders(folder: Path) -> None:
     assert "toy_choice" in str(caught.value)
     with pytest.raises(CalibrationError, match="no such folder"):
         task_scores(model, tokenizer, TASKS, include_path=[folder / "absent"])
+    result = CliRunner().invoke(app, ["eval", "no/model", "--tasks", "toy_choic"])
+    assert "no task 'toy_choic'" in result.stderr  # before any model opens

@@ -93,7 +93,11 @@ def main() -> int:
             for name in arguments.step:
                 _sweep(STEPS[name], types, arguments, end)
     digests = {step.name: step.digest() for step in STEPS.values()}
-    report.write(CACHE, ROOT, digests)
+    try:
+        report.write(CACHE, ROOT, digests)
+    except LookupError as error:
+        sys.stderr.write(f"The tables are as they were: {error}\n")
+        return 1
     return 0
 
 

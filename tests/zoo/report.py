@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,30 @@ def write(cache: Path, root: Path, digests: Mapping[str, str]) -> None:
 
     Args:
         digests: of the present sources, by step: records of others are counted as stale.
+
+    Raises:
+        LookupError: the files tell of types that have no record here; nothing is written.
     """
     records = {step: _records(cache / step) for step in digests}
     results = root / "benchmarks" / "results"
     results.mkdir(parents=True, exist_ok=True)
+    if lost := _told(results / "zoo.json", digests) - {(s, n) for s in records for n in records[s]}:
+        raise LookupError(f"{len(lost)} records of zoo.json are not in {cache}: examine them first")
     kept = {step: [_kept(record) for record in found.values()] for step, found in records.items()}
     (results / "zoo.json").write_text(json.dumps(kept, indent=1) + "\n")
     docs = root / "docs"
     docs.mkdir(exist_ok=True)
     (docs / "zoo.md").write_text(types_page(records["examine"], records["deliver"], digests))
     (docs / "operators.md").write_text(operators_table(list(records["examine"].values())))
+
+
+def _told(file: Path, steps: Iterable[str]) -> set[tuple[str, str]]:
+    """The steps and types that are still known, of which a file of results tells."""
+    if not file.is_file():
+        return set()
+    told, known = json.loads(file.read_text()), set(configs.all_types("all"))
+    types = {(step, record["type"]) for step in steps for record in told.get(step, ())}
+    return {(step, name) for step, name in types if name in known}
 
 
 def _records(folder: Path) -> dict[str, Record]:

@@ -6,10 +6,13 @@ of operators, and all of them as slow tests.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from zoo import configs
+from zoo import configs, report
 from zoo.check import examine
 
 SUBSET = (
@@ -54,3 +57,17 @@ def test_every_group_is_exact(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", sorted(set(configs.all_types()) - set(UNTRACEABLE)))
 def test_every_group_of_every_type_is_exact(model_type: str) -> None:
     assert_exact(model_type, controls=24)
+
+
+def test_tables_are_not_written_of_fewer_types_than_they_tell_of(tmp_path: Path) -> None:
+    """As after `python -m zoo bert` where nothing else was examined."""
+    cache, results = tmp_path / "cache", tmp_path / "benchmarks" / "results"
+    (cache / "deliver").mkdir(parents=True)
+    results.mkdir(parents=True)
+    (cache / "deliver" / "bert.json").write_text(json.dumps({"type": "bert", "sources": "1"}))
+    told = json.dumps({"deliver": [{"type": "bert"}, {"type": "gpt2"}, {"type": "gone"}]})
+    (results / "zoo.json").write_text(told)
+    with pytest.raises(LookupError, match="1 records of zoo"):
+        report.write(cache, tmp_path, {"deliver": "1"})
+    assert (results / "zoo.json").read_text() == told
+    assert not (tmp_path / "docs").exists()

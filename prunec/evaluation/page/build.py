@@ -309,19 +309,16 @@ def _picture(picture: Picture) -> str:
 
 
 def _opening(case: Case) -> str:
-    trust = ", trust_remote_code=True" if case.code else ""
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{case.directory}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{case.directory}")'
-    )
-    note = (
-        "Its layers differ in size, so the directory ships one generated file that needs "
-        "transformers and torch only. With prunec installed, prunec.load opens it without it."
-        if case.code
-        else "The stock class opens it: no code is shipped."
-    )
-    return f"<pre>{escape(code)}</pre><p>{escape(note)}</p>"
+    if case.code:
+        note = (
+            "Its layers differ in size, so the directory ships one generated file that needs "
+            "transformers and torch only. With prunec installed, prunec.load opens it without it."
+        )
+    elif "plain" in case.record:
+        note = "torch alone runs it. README.md in the directory says how its class comes back."
+    else:
+        note = "The stock class opens it: no code is shipped."
+    return f"<pre>{escape(case.opening)}</pre><p>{note}</p>"
 
 
 def _recipe(case: Case, *, titled: bool) -> str:

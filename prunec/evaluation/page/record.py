@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunec.codegen.generated import auto_classes_named
+from prunec.codegen.load import read_config
+from prunec.codegen.load_plain import PROGRAM, is_plain
 from prunec.codegen.rewrite import read_record
 from prunec.errors import ModelError
 from prunec.evaluation.comparison import Evaluation
 from prunec.graph.paths import block_of
+
+_READERS = {
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,13 @@ class Measured:
 class Case:
     """A pruned directory: prunec.json with its plan, and the measurements.
 
-    `kept` is group kind -> block -> (units kept, units before).
+    `opening` is the Python that opens it; `kept` is group kind -> block -> (units kept, units
+    before).
     """
 
     name: str
-    directory: str
     record: Mapping[str, Any]
+    opening: str
     measured: Measured
     kept: Mapping[str, Mapping[str, tuple[int, int]]]
 
@@ -77,7 +86,25 @@ def read_case(directory: Path, *, measured: Measured | None = None) -> Case:
         kept = _kept(plan, sites)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"prunec.json or plan.json is damaged: {error}", where=name) from error
-    return Case(name, str(directory), record, measured or Measured(name), kept)
+    return Case(name, record, _opening(directory), measured or Measured(name), kept)
+
+
+def _opening(directory: Path) -> str:
+    """The Python that opens a directory, with what reads its inputs where that is there too."""
+    if is_plain(directory):
+        return f'import torch\n\nmodel = torch.export.load("{directory / PROGRAM}").module()'
+    config = read_config(directory)
+    named = config.get("architectures") or ["?"]
+    autos = auto_classes_named(str(named[0]).removeprefix("Prunec")) or ["AutoModel"]
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    makers = {"model": (autos[0], trust)}
+    for file, (name, maker) in _READERS.items():
+        if (directory / file).is_file():
+            makers[name] = (maker, "")
+    lines = [f"from transformers import {', '.join(maker for maker, _ in makers.values())}", ""]
+    for name, (maker, argument) in makers.items():
+        lines.append(f'{name} = {maker}.from_pretrained("{directory}"{argument})')
+    return "\n".join(lines)
 
 
 def _kept(
