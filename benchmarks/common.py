@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "prunec")
@@ -28,6 +31,16 @@ def read(name: str) -> Any | None:
     """The figures that `write` left, None where there are none."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else None
+
+
+@contextmanager
+def shared(name: str) -> Iterator[dict[str, Any]]:
+    """The figures, to be changed and written again; other runs that do the same wait."""
+    RESULTS.mkdir(exist_ok=True)
+    with FileLock(RESULTS / f".{name}.lock"):
+        figures = read(name) or {}
+        yield figures
+        write(name, figures)
 
 
 def write(name: str, figures: Any) -> Path:

@@ -6,13 +6,15 @@
     python benchmarks/methods.py --no-tasks              # perplexity only; tasks can follow later
     python benchmarks/methods.py --methods slimgpt auto --ratios 0.5 --seeds 0 1 2
     python benchmarks/methods.py --methods auto --ratios 0.5 --minutes 10 20 40  # of its search
+    python benchmarks/methods.py --methods slimgpt --set compensation=none  # cells of their own
+    python benchmarks/methods.py --methods slimgpt auto --texts c4       # calibrated on C4 alone
     python benchmarks/methods.py --markdown              # the table of what has been run
 
 Each cell is a method at a ratio and a seed. What has been measured stands in results/methods.json
 and is not measured again; pruned models stay in --work until they are deleted. Calibration is half
-C4 (its first four fifths) and half Wikipedia; scored are WikiText-2 validation and the last fifth
-of C4, which no calibration window touches. Each cell is pruned in a process of its own, so that its
-seconds and its memory are its own.
+C4 (its first four fifths) and half Wikipedia, or one of them; scored are WikiText-2 validation and
+the last fifth of C4, which no calibration window touches. Each cell is pruned in its own process,
+for its own seconds and memory; several runs may share the work, on a core each.
 """
 
 from __future__ import annotations
@@ -24,57 +26,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from common import data_directory, read, write
+from cells import RECOVERED, TASKS, TEXTS, Cell, Protocol, Table, markdown
+from common import data_directory
 from torch import Tensor
 
 METHODS = ("magnitude", "wanda-sp", "flap", "llm-pruner", "slimllm", "slimgpt", "auto")
-TASKS = ("local_piqa", "local_arc_easy", "local_lambada_openai")
-METRICS = {"local_piqa": "acc", "local_arc_easy": "acc", "local_lambada_openai": "acc"}
 WIKITEXT = "text/wikitext-2/valid.tokenised.txt"
 C4, WIKIPEDIA = "text/calib/c4.utf8", "text/calib/wiki.utf8"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all cells of one table share; another protocol is another table."""
-
-    model: str
-    samples: int
-    seq_len: int
-    window: int
-    windows: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}, {self.samples} x {self.seq_len} calibration tokens"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one ratio with one seed; the dense model has ratio 0.
-
-    `minutes` bound a method that searches; None: as its recipe says.
-    """
-
-    method: str
-    ratio: float
-    seed: int
-    minutes: float | None = None
-
-    @property
-    def name(self) -> str:
-        bound = "" if self.minutes is None else f" {self.minutes:g} minutes"
-        return f"{self.method} {self.ratio:g} seed {self.seed}{bound}"
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace(" ", "-")
 
 
 def main() -> None:
@@ -82,9 +46,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(prune(**json.loads(options.child))))
         return
-    protocol = Protocol(
-        options.model, options.samples, options.seq_len, options.window, options.windows
-    )
+    size = options.samples, options.seq_len, options.window, options.windows
+    protocol = Protocol(options.model, *size, tuple(options.texts))
     if not options.markdown:
         table = Table(protocol)
         for cell in cells(options):
@@ -101,8 +64,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--minutes", nargs="+", type=float, default=[None], help="bounds of a search, one cell each"
+        "--minutes", nargs="+", type=float, default=[None], help="bounds of auto, one cell each"
     )
+    parser.add_argument("--set", nargs="+", default=[], dest="changed", metavar="KEY=VALUE")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, help="to calibrate on")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--window", type=int, default=1024)
@@ -118,7 +83,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.ratios, options.items, options.windows = [0.2], 200, 20
-        options.samples, options.seq_len = 32, 512
+        options.samples, options.seq_len, options.minutes = 32, 512, [8]
     return options
 
 
@@ -127,36 +92,13 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for ratio in options.ratios:
         for method in options.methods:
             for seed in options.seeds:
-                for minutes in options.minutes:
-                    yield Cell(method, ratio, seed, minutes)
-
-
-class Table:
-    """results/methods.json: per protocol and cell what has been measured, written as it comes."""
-
-    def __init__(self, protocol: Protocol) -> None:
-        self.protocol = protocol
-        self._tables: dict[str, Any] = read("methods") or {}
-        self._table = self._tables.setdefault(
-            protocol.name, {"protocol": asdict(protocol), "cells": {}}
-        )
-
-    @property
-    def cells(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = self._table["cells"]
-        return found
-
-    def measured(self, cell: Cell, what: str, measure: Callable[[], Any]) -> None:
-        """Measure what is not there yet."""
-        row = self.cells.setdefault(cell.name, asdict(cell))
-        if what not in row:
-            row[what] = measure()
-            write("methods", self._tables)
+                for minutes in options.minutes if method == "auto" else [None]:
+                    yield Cell(method, ratio, seed, minutes, tuple(options.changed))
 
 
 def run(cell: Cell, table: Table, options: argparse.Namespace) -> None:
     """Prune, then score; each step only where it is missing."""
-    work = options.work / table.protocol.name.replace(" ", "-")
+    work = options.work / table.protocol.calibrated.replace(" ", "-")
     work.mkdir(parents=True, exist_ok=True)
     pruned = work / cell.folder
     spec = table.protocol.model if cell.method == "dense" else str(pruned)
@@ -167,7 +109,7 @@ def run(cell: Cell, table: Table, options: argparse.Namespace) -> None:
     if cell.method in options.recover:
         recovered = work / f"{cell.folder}-recovered"
         table.measured(cell, "recovery", lambda: recover(pruned, recovered, work, options.steps))
-        score(cell, table, str(recovered), work, items, "recovered ")
+        score(cell, table, str(recovered), work, items, RECOVERED)
     print(cell.name, _summary(table.cells[cell.name]), flush=True)
 
 
@@ -216,7 +158,7 @@ def tasks(source: Any, items: int) -> list[dict[str, Any]]:
     found = task_scores(
         source.model,
         source.tokenizer,
-        TASKS,
+        tuple(TASKS),
         include_path=[folder],
         limit=items or None,
         batch_size=16,
@@ -233,16 +175,16 @@ def open_any(spec: str) -> Any:
 
 def prune_in_child(cell: Cell, protocol: Protocol, out: Path) -> dict[str, Any]:
     """Prune and save in a process of its own; what it took."""
-    text, _ = split_c4(out.parent)
+    files = {"c4": split_c4(out.parent)[0], "wikipedia": data_directory() / WIKIPEDIA}
     job = {
         "model": protocol.model,
         "method": cell.method,
         "ratio": cell.ratio,
         "seed": cell.seed,
-        "minutes": cell.minutes,
+        "settings": cell.settings,
         "samples": protocol.samples,
         "seq_len": protocol.seq_len,
-        "texts": [str(text), str(data_directory() / WIKIPEDIA)],
+        "texts": [str(files[name]) for name in protocol.texts],
         "out": str(out),
     }
     command = [sys.executable, __file__, "--child", json.dumps(job)]
@@ -257,7 +199,7 @@ def prune(
     method: str,
     ratio: float,
     seed: int,
-    minutes: float | None,
+    settings: dict[str, Any],
     samples: int,
     seq_len: int,
     texts: Sequence[str],
@@ -283,7 +225,7 @@ def prune(
         ratio=ratio,
         calibration=calibration,
         seed=seed,
-        settings={} if minutes is None else {"allocation.minutes": minutes},
+        settings=settings,
     )
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -331,58 +273,6 @@ def split_c4(work: Path) -> tuple[Path, Path]:
         if not path.exists():
             path.write_text("".join(part), encoding="utf-8")
     return parts
-
-
-def markdown(table: Table) -> str:
-    """The table as the README shows it; what was not run is blank."""
-    head = ["ratio", "method", "WikiText-2", "C4", *METRICS, "with LoRA", "seconds", "peak memory"]
-    lines = [head, ["--:", ":--", *["--:"] * (len(head) - 2)]]
-    dense = table.cells.get(Cell("dense", 0.0, 0).name, {})
-    rows = sorted(table.cells.values(), key=lambda row: row["ratio"])
-    lines += [_row(row, dense) for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _row(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    pruning = row.get("pruning", {})
-    return [
-        f"{row['ratio']:.0%}" if row["ratio"] else "",
-        row["method"]
-        + (f" (seed {row['seed']})" if row["seed"] else "")
-        + (f" in {row['minutes']:g} min" if row.get("minutes") else ""),
-        *[_times(row.get(text), dense.get(text)) for text in ("wikitext2", "c4")],
-        *[_accuracy(row, task, metric) for task, metric in METRICS.items()],
-        _times(row.get("recovered wikitext2"), dense.get("wikitext2")),
-        _seconds(pruning),
-        f"{pruning['peak_bytes'] / 1e9:.2f} GB" if pruning else "",
-    ]
-
-
-def _seconds(pruning: dict[str, Any]) -> str:
-    """What pruning took, and how many times the dense model's forward passes over its tokens."""
-    if not pruning:
-        return ""
-    times = ""
-    if pruning.get("forward_seconds"):
-        times = f" ({pruning['processor_seconds'] / pruning['forward_seconds']:.1f} forwards)"
-    return f"{pruning['seconds']:.0f}{times}"
-
-
-def _times(found: dict[str, Any] | None, dense: dict[str, Any] | None) -> str:
-    """A perplexity and how many times the dense one it is."""
-    if not found or not dense:
-        return ""
-    return f"{found['value']:,.2f} ({found['value'] / dense['value']:,.2f} x)"
-
-
-def _accuracy(row: dict[str, Any], task: str, metric: str) -> str:
-    """The accuracy on the most items that were run, in per cent with its standard error."""
-    runs = [row[what] for what in row if what.startswith("tasks")]
-    entries = [e for run in runs for e in run if (e["task"], e["metric"]) == (task, metric)]
-    if not entries:
-        return ""
-    best = max(entries, key=lambda entry: int(entry["samples"]))
-    return f"{100 * best['value']:.1f} ± {100 * best['stderr']:.1f}"
 
 
 def _summary(row: dict[str, Any]) -> str:
