@@ -18,12 +18,13 @@ from prunec.errors import PlanError
 from prunec.graph.coupling import couple
 from prunec.graph.trace import trace
 from prunec.importance.curves import Removal, RemovalCurve
-from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.context import Context
 from prunec.passes.allocation.dense import Global, SimilaritySoftmax
 from prunec.passes.allocation.survey import DenseSurvey
 from prunec.passes.allocation.uniform import LayerRange
 from prunec.passes.setup import Setup
 from prunec.passes.slice import Weights
+from prunec.passes.targets.room import Room
 from prunec.registry import plugin
 
 

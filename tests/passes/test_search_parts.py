@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from searching import surveyed
 
 from prunec.errors import PlanError
-from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.context import Context
 from prunec.passes.allocation.evolution import Pool, evolve
 from prunec.passes.allocation.levels import cheapest_levels
 from prunec.passes.allocation.search import bend, spare, waved
 from prunec.passes.allocation.space import Space
+from prunec.passes.targets.room import Room
 
 site_levels = st.lists(
     st.lists(st.tuples(st.integers(0, 6), st.floats(0, 10)), min_size=1, max_size=4),

@@ -4,41 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from prunec.errors import PlanError
 from prunec.events import Progress
 from prunec.importance.curves import RemovalCurve
 from prunec.passes.allocation.levels import Levels
-
-if TYPE_CHECKING:
-    from prunec.passes.targets.budget import Budget
-
-
-@dataclass(frozen=True)
-class Room:
-    """A site as an allocation sees it.
-
-    Attributes:
-        site: its name.
-        block: the block it counts to.
-        kinds: what its units are; attention and FFN differ in it.
-        parameters: held by its groups.
-        most: how many of them it can give.
-        branch: parameters of the residual branch that ends in it: a share of exactly as many leaves
-            the branch out. 0 where it cannot be.
-    """
-
-    site: str
-    block: str
-    parameters: int
-    most: int
-    kinds: tuple[str, ...] = ()
-    branch: int = 0
-
-    def left_out(self, share: float) -> bool:
-        """Whether such a share leaves the site's branch out."""
-        return share == self.branch > 0
+from prunec.passes.targets.budget import Budget
+from prunec.passes.targets.room import Room
 
 
 class Trials(Protocol):

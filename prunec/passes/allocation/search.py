@@ -13,11 +13,12 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 
 from prunec.errors import PlanError
-from prunec.passes.allocation.context import Context, Room
+from prunec.passes.allocation.context import Context
 from prunec.passes.allocation.evolution import Pool, Shares, evolve
 from prunec.passes.allocation.space import Space
 from prunec.passes.allocation.uniform import LogIncrease
 from prunec.passes.distributed import processes
+from prunec.passes.targets.room import Room
 
 logger = logging.getLogger(__name__)
 

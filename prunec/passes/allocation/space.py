@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prunec.importance.problem import FloatArray, IntArray
-from prunec.passes.allocation.context import Context, Room, Trials
+from prunec.passes.allocation.context import Context, Trials
 from prunec.passes.allocation.evolution import Genes, Shares
 from prunec.passes.allocation.levels import cheapest_levels
 from prunec.passes.channels import HIDDEN
+from prunec.passes.targets.room import Room
 
 # Parts of the removed cost are counted in this many steps by the dynamic programme.
 _RESOLUTION = 1000

@@ -11,11 +11,11 @@ import numpy as np
 from prunec.errors import PlanError
 from prunec.graph.branches import Branch
 from prunec.importance.problem import FloatArray
-from prunec.passes.allocation.context import Room
 from prunec.passes.sites import Site
 from prunec.passes.targets.constraints import Constraints
 from prunec.passes.targets.costs import Measure, Parameters
 from prunec.passes.targets.goal import Goal, amount
+from prunec.passes.targets.room import Room
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph
 from prunec.graph.selection import Selection
-from prunec.passes.allocation.context import Context, Room, Survey
+from prunec.passes.allocation.context import Context, Survey
 from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.channels import HIDDEN, heaviest
 from prunec.passes.depth import own_branches
@@ -20,6 +20,7 @@ from prunec.passes.targets.constraints import Constraints
 from prunec.passes.targets.costs import Parameters
 from prunec.passes.targets.goal import Goal, block_parameters
 from prunec.passes.targets.interplay import Interplay
+from prunec.passes.targets.room import Room
 
 
 def block_budget(
