@@ -14,19 +14,22 @@ Each cell is a method at a ratio and a seed. What has been measured stands in re
 and is not measured again; pruned models stay in --work until they are deleted. Calibration is half
 C4 (its first four fifths) and half Wikipedia, or one of them; scored are WikiText-2 validation and
 the last fifth of C4, which no calibration window touches. Each cell is pruned in its own process,
-for its own seconds and memory; several runs may share the work, on a core each.
+for its own seconds and memory; `--jobs 2` takes two at a time, on a thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ from cells import RECOVERED, TASKS, TEXTS, Cell, Protocol, Table, markdown
 from common import data_directory
 from torch import Tensor
 
-METHODS = ("magnitude", "wanda-sp", "flap", "llm-pruner", "slimllm", "slimgpt", "auto")
+# The longest first, so that several jobs end together.
+METHODS = ("auto", "llm-pruner", "slimllm", "flap", "slimgpt", "wanda-sp", "magnitude")
 WIKITEXT = "text/wikitext-2/valid.tokenised.txt"
 C4, WIKIPEDIA = "text/calib/c4.utf8", "text/calib/wiki.utf8"
 
@@ -49,9 +53,7 @@ def main() -> None:
     size = options.samples, options.seq_len, options.window, options.windows
     protocol = Protocol(options.model, *size, tuple(options.texts))
     if not options.markdown:
-        table = Table(protocol)
-        for cell in cells(options):
-            run(cell, table, options)
+        run_all(list(cells(options)), Table(protocol), options)
     print(markdown(Table(protocol)))
 
 
@@ -76,14 +78,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-tasks", action="store_true", help="perplexity only")
     parser.add_argument("--recover", nargs="*", default=[], metavar="RECIPE", help="and LoRA these")
     parser.add_argument("--steps", type=int, default=200, help="of recovery")
-    parser.add_argument("--quick", action="store_true", help="20 %%, 32 x 512 tokens, 200 items")
+    parser.add_argument(
+        "--quick", action="store_true", help="20 %%, 32 x 512 tokens, 200 items, 2 jobs"
+    )
     parser.add_argument("--markdown", action="store_true", help="only print the table")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="where models are kept")
+    parser.add_argument("--jobs", type=int, help="processes of a thread each; 1, with --quick 2")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.ratios, options.items, options.windows = [0.2], 200, 20
         options.samples, options.seq_len, options.minutes = 32, 512, [8]
+    options.jobs = options.jobs or (2 if options.quick else 1)
     return options
 
 
@@ -96,10 +102,28 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     yield Cell(method, ratio, seed, minutes, tuple(options.changed))
 
 
+def run_all(todo: Sequence[Cell], table: Table, options: argparse.Namespace) -> None:
+    """One after another, or in several processes of a thread each."""
+    if options.jobs == 1:
+        for cell in todo:
+            run(cell, table, options)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    split_c4(work_of(table.protocol, options))  # all read it
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run, cell, table, options) for cell in todo]):
+            done.result()
+
+
+def work_of(protocol: Protocol, options: argparse.Namespace) -> Path:
+    work: Path = options.work / protocol.calibrated.replace(" ", "-")
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
 def run(cell: Cell, table: Table, options: argparse.Namespace) -> None:
     """Prune, then score; each step only where it is missing."""
-    work = options.work / table.protocol.calibrated.replace(" ", "-")
-    work.mkdir(parents=True, exist_ok=True)
+    work = work_of(table.protocol, options)
     pruned = work / cell.folder
     spec = table.protocol.model if cell.method == "dense" else str(pruned)
     if cell.method != "dense":
