@@ -263,6 +263,7 @@ def test_a_class_that_no_directory_opens_is_refused_before_any_work(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RecipeRun, "batches", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the user's module is no leftover
     (work / "own_model.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class Own(LlamaForCausalLM):\n"

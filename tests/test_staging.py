@@ -8,7 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -112,8 +112,18 @@ def test_a_lock_is_of_one_user_at_a_time(tmp_path: Path) -> None:
 Place = Callable[[Path], AbstractContextManager[Any]]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A suite that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("place", [sibling, temporary, reserved])
-def test_an_interrupt_at_any_line_leaves_nothing(tmp_path: Path, place: Place) -> None:
+def test_an_interrupt_at_any_line_leaves_nothing(
+    tmp_path: Path, place: Place, ctrl_c: None
+) -> None:
     out = tmp_path / "new" / "out"
     (tmp_path / "new").mkdir()
     line = 0
