@@ -113,8 +113,9 @@ def test_memory_left_is_the_bytes_of_the_parameters() -> None:
     assert left == pytest.approx(120_000, rel=0.005)
 
 
-def test_a_kv_cache_target_prunes_kv_groups_alone() -> None:
-    pruned, _ = run("kv-cache=50%")
+@pytest.mark.parametrize("allocation", ["uniform", "log-increase", "similarity-softmax", "global"])
+def test_a_kv_cache_target_prunes_kv_groups_alone(allocation: str) -> None:
+    pruned, _ = run("kv-cache=50%", allocation=allocation)
     assert sum(of_kind(pruned, "kv_group")) == 6
     assert of_kind(pruned, "query_head") == [2, 2, 2]
     assert of_kind(pruned, "ffn_channel") == [96, 96, 96]

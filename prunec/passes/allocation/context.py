@@ -76,7 +76,8 @@ class Context:
 
     Attributes:
         target: ratio of the parameters of all `blocks` together.
-        blocks: parameters of each block in which something can be pruned, in model order.
+        blocks: parameters of each block in which something can be pruned, in model order; for a
+            measure that is not of parameters, those of its `rooms`.
         rooms: the sites, in graph order.
         survey: the dense model, None where there is no data to run it on.
         make_budget: what :meth:`budget` calls.

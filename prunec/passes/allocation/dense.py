@@ -128,9 +128,14 @@ class Global:
             )
 
     def shares(self, context: Context) -> dict[str, float]:
-        """Parameters below the threshold, site by site."""
+        """Parameters below the threshold, site by site.
+
+        Raises:
+            PlanError: `maximum` withholds too much, or there is no data.
+        """
         curves = context.seen("global").curves
         steps: list[tuple[float, int, int, int]] = []  # score, room, step, parameters freed
+        withheld = False
         for index, room in enumerate(context.rooms):
             curve = curves[room.site]
             freed = np.diff(curve.parameters, prepend=0)
@@ -138,6 +143,8 @@ class Global:
             for step, score in enumerate(self._scores(curve)):
                 if curve.parameters[step] <= most:
                     steps.append((float(score), index, step, int(freed[step])))
+                else:
+                    withheld = True
         steps.sort()
         left = context.target * sum(context.blocks.values())
         shares = dict.fromkeys((room.site for room in context.rooms), 0.0)
@@ -146,7 +153,7 @@ class Global:
                 break
             shares[context.rooms[index].site] += min(left, freed_parameters)
             left -= freed_parameters
-        if left > 0:
+        if left > 0 and withheld:
             reached = context.target - left / sum(context.blocks.values())
             raise PlanError(
                 f"global cannot remove {context.target:.1%} of the blocks",

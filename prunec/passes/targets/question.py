@@ -113,12 +113,15 @@ class Question:
             PlanError: the goal cannot be reached.
         """
         rooms = [room for room in self.rooms if room.most > 0]
-        homes = {room.block for room in rooms}
-        prunable = {block: size for block, size in self.blocks.items() if block in homes}
-        # Blocks in which nothing can be pruned give their part through the others.
-        total = sum(self.accounts[room.site].cost for room in rooms)
+        held = {block: 0 for block in self.blocks if any(room.block == block for room in rooms)}
         if isinstance(self.goal.measure, Parameters):
-            total = sum(prunable.values())
+            # Blocks in which nothing can be pruned give their part through the others.
+            held = {block: self.blocks[block] for block in held}
+            total: float = sum(held.values())
+        else:  # a measure may not count all that a block holds: the cache is of attention alone
+            for room in rooms:
+                held[room.block] += room.parameters
+            total = sum(self.accounts[room.site].cost for room in rooms)
         ratio = self.goal.remove / total
         if ratio >= 1:
             raise PlanError(
@@ -127,7 +130,7 @@ class Question:
                 fix="lower the target, or ask for parameters of the whole model: params=80%",
             )
         narrower = None if self.narrowed else self.narrower
-        return Context(ratio, prunable, rooms, self.survey, self.budget, narrower)
+        return Context(ratio, held, rooms, self.survey, self.budget, narrower)
 
     def narrower(self, part: float) -> Context:
         """The same question on a model that keeps this part of the features of its stream."""
