@@ -157,7 +157,7 @@ def _tensor(value: Any, name: str, where: str) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.from_numpy(value)
     raise CalibrationError(
-        f"{name} is a {type(value).__name__}, not a tensor",
+        f"{name} is of type {type(value).__name__}, not a tensor",
         where=where,
         fix=_REMEDIES.get(type(value), "torch.as_tensor"),
     )

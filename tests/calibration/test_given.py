@@ -91,7 +91,7 @@ def test_tokens_of_different_lengths_are_padded() -> None:
     ("batches", "reason"),
     [
         ([], "gives no batches"),
-        (["text"], "x is a str, not a tensor"),
+        (["text"], "x is of type str, not a tensor"),
         ("text.txt", "is a str, not batches"),
         ({"x": torch.ones(2)}, "is a dict, not batches"),
         (3, "is a int, not batches"),

@@ -86,7 +86,7 @@ def test_classes_from_a_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(CalibrationError, match="Linear does not take a batch") as caught:
         accuracy(nn.Linear(3, 2), [(torch.eye(4), torch.arange(4))])
     assert "its inputs are input [4, 4]" in str(caught.value)
-    with pytest.raises(CalibrationError, match="ids is a list, not a tensor"):
+    with pytest.raises(CalibrationError, match="ids is of type list, not a tensor"):
         accuracy(nn.Identity(), [{"input": torch.eye(4), "ids": ["a"], "labels": torch.arange(4)}])
     with pytest.raises(CalibrationError, match="no labels"):
         accuracy(nn.Identity(), [(torch.eye(1), torch.tensor([-100]))])
