@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -23,6 +22,7 @@ from prunec.evaluation.perplexity import (
     windows_of,
 )
 from prunec.events import Progress, silent
+from prunec.importance.predictions import kl_terms
 from prunec.models.context import context_length
 
 
@@ -115,8 +115,6 @@ def _compare(pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
             )
         log_q = F.log_softmax(found.float(), dim=-1)
         log_p = F.log_softmax(wanted.to(found.device).float(), dim=-1)
-        # a token that the dense model rules out (log p = -inf) adds nothing
-        terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
-        kl += float(terms.sum(dtype=torch.float64))
+        kl += float(kl_terms(log_p, log_q).sum(dtype=torch.float64))
         hits += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
     return kl, hits

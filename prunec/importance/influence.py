@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from prunec.errors import PlanError
 from prunec.events import Progress, silent
 from prunec.graph.branches import Branch
 from prunec.graph.dropping import drop_branches
 from prunec.graph.padding import Padding
 from prunec.graph.program import Program
+from prunec.importance.predictions import Predictions
 
 Units = Mapping[str, tuple[Branch, ...]]
 """What can be left out as one, in the order of the graph: single branches, or whole blocks."""
@@ -63,14 +63,15 @@ class Divergence:
     """The unit without which the output changes least goes first, then the least beside it, ...
 
     Measured as the mean KL divergence of the output's softmax from the dense model's: a greedy
-    search over units, each step one pass of the data per unit that is left.
+    search over units, each step one pass of the data per unit that is left. Tokens are drawn where
+    the dense predictions of all would take more than 1 GiB.
     """
 
     def removals(
         self, program: Program, units: Units, batches: Batches, progress: Progress = silent
     ) -> Iterator[tuple[str, float]]:
         """Units in greedy order, with the divergence that is reached."""
-        dense = [program.run(None, **batch).log_softmax(-1) for batch in batches]
+        dense = Predictions(program, batches, _outputs(program, batches))
         gone: list[str] = []
         while len(gone) < len(units):
             scores = {}
@@ -78,7 +79,8 @@ class Divergence:
             with progress.task(f"leave out unit {len(gone) + 1}", len(left)) as task:
                 for name in left:
                     branches = [branch for unit in (*gone, name) for branch in units[unit]]
-                    scores[name] = _divergence(program, branches, batches, dense)
+                    less = drop_branches(program, branches)
+                    scores[name] = dense.divergence(_outputs(less, batches))
                     task.advance()
             least = min(reversed(left), key=scores.__getitem__)
             gone.append(least)
@@ -134,18 +136,5 @@ class _Similarities(fx.Interpreter):
         return cosines.flatten() if real is None else cosines[real]
 
 
-def _divergence(
-    program: Program, branches: Sequence[Branch], batches: Batches, dense: Sequence[Tensor]
-) -> float:
-    less, total, tokens = drop_branches(program, branches), 0.0, 0
-    padding = Padding(program, batches)
-    (output,) = program.graph.find_nodes(op="output")
-    for number, (batch, wanted) in enumerate(zip(batches, dense, strict=True)):
-        found = less.run(None, **batch).log_softmax(-1)
-        lost = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
-        real = padding.real_tokens(number, output.args[0][0], found)
-        lost = lost if real is None else lost[real]
-        total, tokens = total + float(lost.sum(dtype=torch.float64)), tokens + lost.numel()
-    if not torch.isfinite(torch.tensor(total)):
-        raise PlanError("the output is NaN or Inf, so units cannot be compared by it")
-    return total / tokens
+def _outputs(program: Program, batches: Batches) -> Iterator[Tensor]:
+    return (program.run(None, **batch) for batch in batches)

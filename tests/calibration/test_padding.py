@@ -13,11 +13,13 @@ from torch import Tensor
 
 from prunec.errors import VerifyError
 from prunec.graph.coupling import couple
+from prunec.graph.dropping import drop_branches
 from prunec.graph.padding import Padding
 from prunec.graph.trace import trace
 from prunec.importance.blocks import plain_name
-from prunec.importance.influence import BlockInfluence, _divergence
+from prunec.importance.influence import BlockInfluence
 from prunec.importance.obs import Obs
+from prunec.importance.predictions import Predictions
 from prunec.passes.compensation.closed_form import NoCompensation
 from prunec.passes.setup import Setup
 from prunec.passes.shallow import depth_units
@@ -116,9 +118,9 @@ def depth_scores(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     scores = {
         f"{name} influence": s for name, s in BlockInfluence().removals(program, units, [batch])
     }
-    dense = [program.run(None, **batch).log_softmax(-1)]
+    dense = Predictions(program, [batch], [program.run(None, **batch)])
     for name, branches in units.items():
-        scores[name] = _divergence(program, branches, [batch], dense)
+        scores[name] = dense.divergence([drop_branches(program, branches).run(None, **batch)])
     return scores
 
 

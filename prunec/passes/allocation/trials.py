@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from prunec.errors import PlanError
 from prunec.events import silent
 from prunec.graph.selection import Selection
 from prunec.importance.blocks import joined
 from prunec.importance.gradients import GRADIENT_STATISTICS
+from prunec.importance.predictions import Predictions
 from prunec.passes.allocation.levels import LEFT_OUT, Cut, Levels, stitch
 from prunec.passes.compensation.closed_form import ObsCompensation
 from prunec.passes.problems import Mender, site_problem
@@ -26,8 +27,8 @@ from prunec.passes.targets.budget import Budget
 
 Batches = Sequence[Mapping[str, Tensor]]
 
-# Rows of the output that are compared, per batch: a dense row of 50,000 logits is 200 kB.
-_ROWS = 256
+# Tokens that are compared, per batch.
+_TOKENS = 256
 # Where many batches do not fit, a stream computes some values twice.
 _MANY_BATCHES = 1.5
 
@@ -40,7 +41,7 @@ class DenseTrials:
         held: batches on which outputs are compared.
         count: levels per site.
         branches: by site, the parameters of a branch that one more level leaves out.
-        seed: draws the rows that are compared.
+        seed: draws the tokens that are compared.
         whole: number of batches that the pruning after the search reads.
     """
 
@@ -137,39 +138,21 @@ class DenseTrials:
         return levels, cuts
 
     def divergence(self, weights: Weights, parts: Sequence[int] | None = None) -> float:
-        """Mean over rows of ``KL(dense || pruned)`` in nats, of the softmax of the last axis.
+        """Mean over tokens of ``KL(dense || pruned)`` in nats, of the softmax of the last axis.
 
         Infinite where the pruned model's output is not finite.
         """
-        chosen = range(self.parts) if parts is None else parts
-        batches = [self._held[part] for part in chosen]
-        total, rows = 0.0, 0
-        for part, output in zip(chosen, weights.stream(batches).finish(), strict=True):
-            index, dense = self._reference[part]
-            here = F.log_softmax(output.flatten(0, -2)[index].float(), dim=-1)
-            total += float(F.kl_div(here, dense, log_target=True, reduction="sum"))
-            rows += len(index)
-        mean = total / max(rows, 1)
-        return mean if mean == mean else float("inf")
+        batches = self._held if parts is None else [self._held[part] for part in parts]
+        try:
+            return self._dense.divergence(weights.stream(batches).finish(), parts)
+        except PlanError:
+            return math.inf
 
     @cached_property
-    def _reference(self) -> list[tuple[Tensor, Tensor]]:
-        """Per held-out batch: the rows that are compared, and their dense log-probabilities."""
-        generator = torch.Generator().manual_seed(self._seed)
-        weights = self._fit.weights.dense()
-        stream = weights.stream(self._held)
-        found = []
-        (result,) = self._fit.coupling.program.graph.find_nodes(op="output")
-        for part, output in enumerate(stream.finish()):
-            real = stream.real_tokens(part, result.args[0][0], output)
-            rows = (
-                torch.arange(output[..., 0].numel()) if real is None else real.flatten().nonzero()
-            )
-            rows = rows.flatten()
-            picked = rows[torch.randperm(len(rows), generator=generator)[:_ROWS]].sort().values
-            logits = output.flatten(0, -2)[picked].float()
-            found.append((picked, F.log_softmax(logits, dim=-1)))
-        return found
+    def _dense(self) -> Predictions:
+        outputs = self._fit.weights.dense().stream(self._held).finish()
+        program = self._fit.coupling.program
+        return Predictions(program, self._held, outputs, most=_TOKENS, seed=self._seed)
 
 
 def split(batches: Batches, *, fit_tokens: int, held_tokens: int) -> tuple[Batches, Batches]:
