@@ -96,9 +96,12 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """The table as the README shows it; what was not run is blank, a column of blanks left out."""
+    """The table as the README shows it, of seed 0 and recipes as they are.
+
+    What was not run is blank, a column of blanks left out.
+    """
     dense = table.cells.get(Cell("dense", 0.0, 0).name, {})
-    unchanged = [row for row in table.cells.values() if not row.get("changed")]
+    unchanged = [row for row in table.cells.values() if not row["seed"] and not row.get("changed")]
     kinds = [(row, prefix) for row in unchanged for prefix in ("", RECOVERED)]
     measured = [(row, prefix) for row, prefix in kinds if f"{prefix}wikitext2" in row]
     rows = [_row(row, dense, prefix) for row, prefix in sorted(measured, key=_place)]
@@ -117,12 +120,11 @@ def _place(of: tuple[dict[str, Any], str]) -> tuple[float, float]:
 def _row(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, str]:
     """What the table says of a cell, by column, before or after recovery."""
     pruning = {} if prefix else row.get("pruning", {})
-    seed = f", seed {row['seed']}" if row["seed"] else ""
     bound = f", {row['minutes']:g} minutes" if row.get("minutes") else ""
     after = ", then LoRA" if prefix else ""
     return {
         "": f"{row['ratio']:.0%}" if row["ratio"] else "",
-        "method": f"`{row['method']}`{seed}{bound}{after}" if row["ratio"] else "dense",
+        "method": f"`{row['method']}`{bound}{after}" if row["ratio"] else "dense",
         "WikiText-2": _times(row[f"{prefix}wikitext2"], dense.get("wikitext2")),
         "C4": _times(row.get(f"{prefix}c4"), dense.get("c4")),
         **{label: _accuracy(row, task, prefix) for task, label in TASKS.items()},

@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.ratios, options.items, options.windows = [0.2], 200, 20
+        options.ratios, options.items, options.windows = [0.2], 200, 10
         options.samples, options.seq_len, options.minutes = 32, 512, [8]
     options.jobs = options.jobs or (2 if options.quick else 1)
     return options
