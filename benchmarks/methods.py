@@ -1,6 +1,6 @@
 """Every method at every ratio on one model and the same calibration tokens: the README's table.
 
-    python benchmarks/methods.py --quick                 # 20 %, less text, 200 items a task
+    python benchmarks/methods.py --quick                 # 20 %, little text, 200 items a task
     python benchmarks/methods.py                         # 20, 30 and 50 %, 500 items a task
     python benchmarks/methods.py --items 0               # the whole task sets
     python benchmarks/methods.py --no-tasks              # perplexity only; tasks can follow later
@@ -11,10 +11,11 @@
     python benchmarks/methods.py --markdown              # the table of what has been run
 
 Each cell is a method at a ratio and a seed. What has been measured stands in results/methods.json
-and is not measured again; pruned models stay in --work until they are deleted. Calibration is half
-C4 (its first four fifths) and half Wikipedia, or one of them; scored are WikiText-2 validation and
-the last fifth of C4, which no calibration window touches. Each cell is pruned in its own process,
-for its own seconds and memory; `--jobs 2` takes two at a time, on a thread each.
+and is not measured again; pruned models stay in --work until they are deleted, and are made again
+where a score is missing. Calibration is half C4 (its first four fifths) and half Wikipedia, or one
+of them; scored are WikiText-2 validation and the last fifth of C4, which no calibration window
+touches. Each cell is pruned in its own process, for its own seconds and memory; `--jobs 2` takes
+two at a time, on a thread each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recover", nargs="*", default=[], metavar="RECIPE", help="and LoRA these")
     parser.add_argument("--steps", type=int, default=200, help="of recovery")
     parser.add_argument(
-        "--quick", action="store_true", help="20 %%, 32 x 512 tokens, 200 items, 2 jobs"
+        "--quick", action="store_true", help="20 %%, 16 x 512 tokens, 200 items, 2 jobs"
     )
     parser.add_argument("--markdown", action="store_true", help="only print the table")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="where models are kept")
@@ -87,8 +89,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.ratios, options.items, options.windows = [0.2], 200, 10
-        options.samples, options.seq_len, options.minutes = 32, 512, [8]
+        options.ratios, options.items, options.windows = [0.2], 200, 5
+        options.samples, options.seq_len, options.minutes = 16, 512, [4]
     options.jobs = options.jobs or (2 if options.quick else 1)
     return options
 
@@ -124,38 +126,60 @@ def work_of(protocol: Protocol, options: argparse.Namespace) -> Path:
 def run(cell: Cell, table: Table, options: argparse.Namespace) -> None:
     """Prune, then score; each step only where it is missing."""
     work = work_of(table.protocol, options)
-    pruned = work / cell.folder
-    spec = table.protocol.model if cell.method == "dense" else str(pruned)
-    if cell.method != "dense":
-        table.measured(cell, "pruning", lambda: prune_in_child(cell, table.protocol, pruned))
     items = None if options.no_tasks else options.items
-    score(cell, table, spec, work, items, "")
+    if cell.method == "dense":
+        score(cell, table, opener(table.protocol.model), work, items, "")
+        return
+    pruned = work / cell.folder
+    make = partial(prune_in_child, cell, table.protocol, pruned)
+    table.measured(cell, "pruning", make)
+    score(cell, table, opener(pruned, make), work, items, "")
     if cell.method in options.recover:
         recovered = work / f"{cell.folder}-recovered"
-        table.measured(cell, "recovery", lambda: recover(pruned, recovered, work, options.steps))
-        score(cell, table, str(recovered), work, items, RECOVERED)
-    print(cell.name, _summary(table.cells[cell.name]), flush=True)
+
+        def recovery() -> dict[str, Any]:
+            if not pruned.exists():
+                make()
+            return recover(pruned, recovered, work, options.steps)
+
+        table.measured(cell, "recovery", recovery)
+        score(cell, table, opener(recovered, recovery), work, items, RECOVERED)
 
 
-def score(cell: Cell, table: Table, spec: str, work: Path, items: int | None, prefix: str) -> None:
-    """Perplexity on both texts, and that many items of each task (0: all; None: no tasks).
+def opener(spec: str | Path, make: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    """Opens a model once, when it is needed; a directory that was deleted is made again."""
 
-    The model is opened only if something is missing.
-    """
-    opened: list[Any] = []
+    @cache
+    def opened() -> Any:
+        import prunec
+        from prunec.models import open_model
 
-    def source() -> Any:
-        if not opened:
-            opened.append(open_any(spec))
-        return opened[0]
+        if make and not Path(spec).exists():
+            make()
+        return open_model(str(spec), load_pruned=prunec.load)
 
+    return opened
+
+
+def score(
+    cell: Cell,
+    table: Table,
+    source: Callable[[], Any],
+    work: Path,
+    items: int | None,
+    prefix: str,
+) -> None:
+    """Perplexity on both texts, and that many items of each task (0: all; None: no tasks)."""
     for name, text in (("wikitext2", data_directory() / WIKITEXT), ("c4", split_c4(work)[1])):
         measure = _perplexity(source, text, table.protocol)
         table.measured(cell, f"{prefix}{name}", measure)
-    if items is None:
-        return
-    what = f"{prefix}tasks, {items} items" if items else f"{prefix}tasks"
-    table.measured(cell, what, lambda: tasks(source(), items))
+    if items is not None:
+        what = f"{prefix}tasks, {items} items" if items else f"{prefix}tasks"
+        table.measured(cell, what, lambda: tasks(source(), items))
+    row = table.cells[cell.name]
+    values = {what: row[f"{prefix}{what}"]["value"] for what in ("wikitext2", "c4")}
+    found = "  ".join(f"{what} {value:,.2f}" for what, value in values.items())
+    print(f"{cell.name} {prefix}{found}", flush=True)
 
 
 def _perplexity(source: Callable[[], Any], text: Path, protocol: Protocol) -> Callable[[], Any]:
@@ -188,13 +212,6 @@ def tasks(source: Any, items: int) -> list[dict[str, Any]]:
         batch_size=16,
     )
     return [asdict(entry) for entry in found]
-
-
-def open_any(spec: str) -> Any:
-    import prunec
-    from prunec.models import open_model
-
-    return open_model(spec, load_pruned=prunec.load)
 
 
 def prune_in_child(cell: Cell, protocol: Protocol, out: Path) -> dict[str, Any]:
@@ -269,8 +286,8 @@ def prune(
 
 @torch.no_grad()
 def forward_seconds(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Processor seconds of the dense model's forward passes over a calibration, from a tenth."""
-    timed = batches[:: max(1, len(batches) // 10)]
+    """Processor seconds of the dense model's passes over a calibration, from a few batches."""
+    timed = batches[:: max(1, len(batches) // 5)]
     model(**timed[0])  # to warm up
     start = time.process_time()
     for batch in timed:
@@ -297,11 +314,6 @@ def split_c4(work: Path) -> tuple[Path, Path]:
         if not path.exists():
             path.write_text("".join(part), encoding="utf-8")
     return parts
-
-
-def _summary(row: dict[str, Any]) -> str:
-    values = {what: row[what]["value"] for what in ("wikitext2", "c4")}
-    return "  ".join(f"{what} {value:,.2f}" for what, value in values.items())
 
 
 if __name__ == "__main__":
