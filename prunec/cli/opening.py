@@ -192,12 +192,12 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    import yaml
+    from prunec.settings import read_settings
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise PlanError(f"not a setting: {text}", fix="--set key=value, such as allocation=uniform")
-    return key, yaml.safe_load(value)
+    return key, read_settings(value, f"the value in --set {text}")
 
 
 def ensure_smollm2(progress: Progress) -> None:

@@ -40,6 +40,8 @@ class Fisher:
     def __post_init__(self) -> None:
         check_option("fisher", "of", self.of, get_args(Of))
         check_option("fisher", "aggregation", self.aggregation, get_args(Aggregation))
+        if self.of == "masks":  # one number a unit: there is nothing to fold
+            check_option("fisher of masks", "aggregation", self.aggregation, ("sum",))
 
     @property
     def statistics(self) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from prunec.errors import PlanError
 from prunec.graph.kinds import KINDS
 from prunec.passes.shallow import DEPTH_KINDS
 from prunec.passes.targets.constraints import Constraints
+from prunec.settings import read_settings
 
 Scalar = str | int | float | bool | None
 
@@ -200,18 +202,11 @@ def load_recipe(name: str) -> Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"the recipe cannot be read: {error}", where=name) from error
-        return Recipe.from_dict(_parse(text, name), where=name)
+        return Recipe.from_dict(read_settings(text, "the recipe", where=name), where=name)
     if name not in recipe_names():
         raise PlanError(f"no recipe named {name!r}", fix=_nearest(name, recipe_names()))
     text = (files("prunec.passes") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    return Recipe.from_dict(_parse(text, name), where=name)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise PlanError(f"the recipe is not YAML: {error}", where=where) from error
+    return Recipe.from_dict(read_settings(text, "the recipe", where=name), where=name)
 
 
 def _hints(made: Any) -> dict[str, Any]:
@@ -229,6 +224,8 @@ def _refused(value: Scalar, hint: Any) -> str | None:
     plain = {kind: _PLAIN[kind] for kind in kinds if kind in _PLAIN}
     if len(words) + len(plain) == 0 or value in words:
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "use a finite number"
     if any(type(value) in accepted for accepted, _ in plain.values()):
         return None
     if words:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from prunec.errors import PlanError
+from prunec.settings import read_settings
 
 Train = Literal["lora", "scale", "full"]
 Objective = Literal["next-token", "distill"]
@@ -159,17 +160,14 @@ def load_recovery(name: str) -> Recovery:
     else:
         names = ", ".join([*METHODS, *recovery_names()])
         raise PlanError(f"no recovery method or recipe {name!r}", fix=f"there are: {names}")
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise PlanError(f"the recipe is not YAML: {error}", where=name) from error
+    data = read_settings(text, "the recipe", where=name)
     if not isinstance(data, dict):
         raise PlanError("a recovery recipe is a mapping of settings", where=name)
     return Recovery().override(data)
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value as the setting's own type; YAML reads 1e-4 as a text."""
+    """The value as the setting's own type."""
     hint = get_type_hints(Recovery)[name]
     kinds = [kind for kind in (get_args(hint) or (hint,)) if isinstance(kind, type)]
     if value is None and type(None) in kinds:

@@ -149,6 +149,18 @@ def test_a_dear_unit_must_be_worth_its_price() -> None:
         Global(maximum=0.2).shares(context)
 
 
+def test_a_sharp_softmax_still_comes_to_the_target() -> None:
+    """The heat of the colder blocks is zero in floating point; they give the rest all the same."""
+    ratios = SimilaritySoftmax(alpha=1e5).ratios([0.1, 0.5, 0.9], 0.5, [1, 1, 1])
+    assert ratios == pytest.approx([0.3, 0.3, 0.9])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (2, 3), (4, 0), (1, 2)])
+def test_layer_range_that_leaves_no_block_is_refused(first: int, last: int) -> None:
+    with pytest.raises(PlanError, match=r"layer-range cannot(.|\n)*the 0 blocks between"):
+        LayerRange(first=first, last=last).ratios(3, 0.2)
+
+
 def test_layer_range_is_llm_pruners() -> None:
     """METHODS 3.3: 4 and 2 of 32 blocks stay, 25 % of the 26 between is 20.3 % of all."""
     ratios = LayerRange().ratios(32, 0.25 * 26 / 32)

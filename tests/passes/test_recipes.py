@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor
 
 import prunec
+from prunec.cli.opening import parse_settings
 from prunec.errors import PlanError
 from prunec.passes.recipe import PARTS, Part, Recipe, load_recipe, recipe_names
 from prunec.passes.shallow import DEPTH_KINDS
+from prunec.settings import read_settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 RATIO = 0.3
@@ -74,6 +77,10 @@ def test_a_recipe_runs_and_removes_what_was_asked(name: str) -> None:
         (("compensation", "least-squares"), {"target": "dens"}, "target='dens'", "'dense'"),
         (("compensation", "least-squares"), {"hold_out": 0.1}, "no option 'hold_out'", "'holdout'"),
         (("importance", "obs"), {"damping": "high"}, "damping='high'", "a number"),
+        (("importance", "obs"), {"damping": math.inf}, "damping=inf", "a finite number"),
+        (("allocation", "similarity-softmax"), {"alpha": math.nan}, "alpha=nan", "a finite number"),
+        (("allocation", "search"), {"seed": -1}, "seed -1", "0 or more"),
+        (("importance", "fisher"), {"of": "masks", "aggregation": "max"}, "'max'", "use sum"),
         (("importance", "obs"), {"last_batch": 1.5}, "last_batch=1.5", "a whole number"),
         (("importance", "obs"), {"damping": True}, "damping=True", "a number"),
         (("allocation", "log-increase"), {"first": "x"}, "first='x'", "a number or null"),
@@ -93,6 +100,21 @@ def test_an_option_of_another_kind_says_what_it_takes(part, options, message, fi
 )
 def test_options_that_are_of_their_kind(options) -> None:
     Part("log-increase", options).build("allocation")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("-2E+4", -2e4), ("1.5e3", 1.5e3), ("e3", "e3"), ("1e", "1e"), ("7", 7)],
+)
+def test_a_number_with_an_exponent_is_one(text: str, value: float | str) -> None:
+    assert parse_settings([f"importance.damping={text}"]) == {"importance.damping": value}
+    assert type(read_settings(text, "it")) is type(value)
+
+
+@pytest.mark.parametrize("text", ["{", "*x", "@x", "2026-02-31"])
+def test_a_setting_that_is_not_yaml_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match=r"--set units=.* is not YAML"):
+        parse_settings([f"units={text}"])
 
 
 @pytest.mark.parametrize("units", ["ffn_chanel,head", 3, None, [], "", ["head", 1]])

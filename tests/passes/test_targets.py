@@ -325,6 +325,8 @@ def test_a_tied_name_protects_its_weight() -> None:
         (lambda: Constraints(minimum=0.5, maximum=0.2), "not possible"),
         (lambda: Constraints({"ffn_channel": 0}), "not possible"),
         (lambda: Constraints(align=0), "align=0 is not possible"),
+        (lambda: Constraints({"ffn_chanel": 8}), "no kind of unit"),
+        (lambda: Constraints.from_dict({"minimum": "some"}), "minimum='some' is not possible"),
         (lambda: Constraints.from_dict({"multiples": 3}), "mapping of settings"),
         (lambda: run(0.3, limits=Constraints(protect=("7",))), "cannot protect block 7"),
         (lambda: run(0.3, limits=Constraints(protect=("model.layers.1.ml",))), "no parameter of"),

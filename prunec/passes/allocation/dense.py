@@ -64,7 +64,7 @@ class SimilaritySoftmax:
         """One ratio per block; their mean, weighted by `sizes`, is the target.
 
         >>> [round(r, 3) for r in SimilaritySoftmax(7.0).ratios([0.8, 0.9, 1.0], 0.3, [1, 1, 1])]
-        [0.138, 0.278, 0.484]
+        [0.127, 0.256, 0.516]
         """
         similarity = np.asarray(similarities, dtype=np.float64)
         weight = np.asarray(sizes, dtype=np.float64) / sum(sizes)
@@ -78,8 +78,13 @@ class SimilaritySoftmax:
                 so=f"the largest ratio it can reach is {largest:.1%}",
                 fix="lower the ratio, or raise maximum or blocks",
             )
-        heat = np.where(taken, np.exp(self.alpha * (similarity - similarity.max())), 0.0)
+        heat = np.exp(np.maximum(self.alpha * (similarity - similarity.max()), _COLDEST))
+        heat[~taken] = 0.0
         return [float(r) for r in _capped(heat, weight, target, self.maximum)]
+
+
+# However sharp the softmax, a block that is taken can still give what the hotter ones cannot.
+_COLDEST = -600.0
 
 
 def _capped(heat: FloatArray, weight: FloatArray, target: float, maximum: float) -> FloatArray:

@@ -112,6 +112,8 @@ class Search:
             )
         if min(self.fit_tokens, self.held_tokens) < 1 or self.levels < 2:
             raise PlanError("search: token counts of at least 1 and 2 levels are needed")
+        if self.seed < 0:
+            raise PlanError(f"search: seed {self.seed} is not possible", fix="use 0 or more")
 
     def shares(self, context: Context) -> Mapping[str, float]:
         """The best shares that were tried."""

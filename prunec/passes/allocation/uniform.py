@@ -165,16 +165,17 @@ class LayerRange(_ByBlock):
         shares = _check(blocks, target, sizes)
         first = blocks // 8 if self.first is None else self.first
         last = blocks // 16 if self.last is None else self.last
-        between = sum(shares[first : blocks - last])
+        end = max(blocks - last, 0)
+        between = sum(shares[first:end])
         if target > between:
             raise PlanError(
                 f"layer-range cannot remove {target:.1%} of the blocks",
-                so=f"the {max(blocks - first - last, 0)} blocks between the first {first} and the"
+                so=f"the {max(end - first, 0)} blocks between the first {first} and the"
                 f" last {last} hold {between:.1%}",
                 fix="lower the ratio, first or last",
             )
         inside = target / between if between else 0.0
-        return [inside if first <= i < blocks - last else 0.0 for i in range(blocks)]
+        return [inside if first <= i < end else 0.0 for i in range(blocks)]
 
 
 def _clamped_line(

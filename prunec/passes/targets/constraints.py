@@ -11,6 +11,7 @@ import numpy as np
 
 from prunec.errors import PlanError
 from prunec.graph.coupling import Group
+from prunec.graph.kinds import KINDS
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.problem import BoolArray, IntArray
 from prunec.passes.sites import Site
@@ -45,12 +46,23 @@ class Constraints:
     align: int = 1
 
     def __post_init__(self) -> None:
+        for name, bound in (("minimum", self.minimum), ("maximum", self.maximum)):
+            if type(bound) not in (int, float):
+                raise PlanError(
+                    f"constraints: {name}={bound!r} is not possible", fix="use a ratio from 0 to 1"
+                )
         if not 0 <= self.minimum <= self.maximum <= 1:
             raise PlanError(
                 f"constraints: minimum {self.minimum:g} and maximum {self.maximum:g}"
                 " are not possible",
                 fix="use ratios with 0 <= minimum <= maximum <= 1",
             )
+        for kind in self.multiple_of:
+            if kind not in KINDS:
+                raise PlanError(
+                    f"constraints: multiple_of {kind!r} is no kind of unit",
+                    fix=f"there are: {', '.join(KINDS)}",
+                )
         whole = {"tensor_parallel": self.tensor_parallel, "align": self.align}
         for name, value in {**self.multiple_of, **whole}.items():
             if type(value) is not int or value < 1:
@@ -100,7 +112,7 @@ class Constraints:
             multiples = {"ffn_channel": multiples}
         protect = values.get("protect", ())
         if isinstance(protect, (str, int)):
-            protect = str(protect).split(",")
+            protect = [name.strip() for name in str(protect).split(",")]
         try:
             return replace(
                 cls(), **values | {"multiple_of": multiples, "protect": tuple(map(str, protect))}
