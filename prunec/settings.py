@@ -14,7 +14,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes a number with an exponent but without a point and a sign for a text."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
     list("-+0123456789"),

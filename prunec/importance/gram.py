@@ -22,6 +22,9 @@ from prunec.importance.factorise import cholesky, cholesky_in_place, logger
 # D^-1 - Z^T Z loses as many digits as C_ii / D_ii has: beyond this the matrix itself is used.
 _LARGEST_QUOTIENT = 1e8
 
+ROUNDING = 1e-4
+"""Below this part of a second moment a variance is rounding: products are taken in fp32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -46,6 +49,15 @@ def energy(weight: Tensor, moment: SecondMoment) -> float:
         return float((moment.rows @ weight.to(moment.rows).T).square().sum())
     dense = weight.to(moment)
     return float(((dense @ moment) * dense).sum())
+
+
+def least_variance(weight: Tensor, gram: Tensor) -> Tensor:
+    """``[out]``: a variance of ``weight x`` that is less is rounding; fp64 ``E[x x^T]`` and weight.
+
+    What counts is the output's second moment and, as it may be a small sum of large terms, theirs.
+    """
+    power = ((weight @ gram) * weight).sum(dim=1)
+    return ROUNDING * (power + weight.square() @ gram.diagonal())
 
 
 class Inverse(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunec.importance.blocks import blocks_of, within
 from prunec.importance.curves import Removal, RemovalCurve, Survivors
+from prunec.importance.gram import least_variance
 from prunec.importance.problem import FloatArray, IntArray, SiteProblem, UnitSet
 from prunec.importance.scores import static_curve, to_array
 from prunec.importance.swap import only_group, removed_columns, steps_to, swap_search
@@ -92,14 +93,12 @@ def _output(weight: Tensor, gram: Tensor, mean: Tensor) -> CorrelatedOutput:
     weight = weight.detach().to(gram.device, torch.float64)
     crossed = weight @ covariance
     total = (crossed * weight).sum(dim=1)
-    # A variance that is rounding of the second moment is none.
-    floor = 1e-12 * ((weight @ gram) * weight).sum(dim=1)
     return CorrelatedOutput(
         weight=weight,
         covariance=covariance,
         whole=crossed,
         crossed=crossed,
-        total=torch.where(total > floor, total, 0.0),
+        total=torch.where(total > least_variance(weight, gram), total, 0.0),
         kept=torch.ones(weight.shape[1], dtype=torch.bool, device=gram.device),
     )
 

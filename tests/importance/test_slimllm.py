@@ -16,7 +16,7 @@ from prunec.importance.obs import Obs
 from prunec.importance.pearson import Pearson
 from prunec.importance.problem import SiteProblem
 from prunec.importance.slimllm import SlimLLM
-from prunec.importance.statistics import statistic_of
+from prunec.importance.statistics import collector, statistic_of
 from prunec.registry import plugin
 
 
@@ -131,6 +131,12 @@ def test_an_output_that_never_varies_counts_nothing() -> None:
     problem = heads(4, 2)
     curve = Pearson().rank(problem, moments(np.ones((9, 8)) * np.arange(8)))
     assert curve.loss.tolist() == [0.0, 0.0, 0.0]
+    row = torch.from_numpy(tokens_of(8, 1)).float()
+    gram, mean = collector("input_gram", site="it"), collector("input_mean", site="it")
+    for taken in (gram, mean):
+        taken.update(row.expand(50, -1))  # whose variance is what fp32 rounds
+    same = {"input_gram": gram.finish(), "input_mean": mean.finish()}
+    assert Pearson().rank(problem, same).loss.tolist() == [0.0, 0.0, 0.0]
     dead = moments(np.zeros((9, 8)))
     assert np.isfinite(Pearson().rank(problem, dead, limit=20).loss).all()
 

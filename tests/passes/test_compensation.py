@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunec.errors import PlanError, VerifyError
 from prunec.importance.elimination import start
+from prunec.importance.statistics import collector
 from prunec.passes.compensation.closed_form import (
     BiasCompensation,
     NoCompensation,
@@ -301,6 +302,25 @@ def test_scale_and_bias_of_a_channel_that_does_not_vary():
     assert torch.equal(got.weight, weight[:, keep])
     mean = (x @ weight.T).mean(0)
     torch.testing.assert_close(got.bias, mean - 2.0 * weight[:, keep].sum(1), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_one_token_repeated_says_nothing_of_slopes(tokens):
+    """In fp32 the products leave a variance that is rounding, of either sign."""
+    weight, x, keep = site(columns=48)
+    row = x[:1].float().expand(tokens, -1)
+    z = torch.cat((row, torch.ones(tokens, 1)), dim=1)
+    moments = {name: collector(name, site="it") for name in ("input_gram", "input_mean")}
+    fit = collector("input_gram", site="it")
+    for taken, value in ((moments["input_gram"], row), (moments["input_mean"], row), (fit, z)):
+        taken.update(value)
+    statistics = {name: taken.finish() for name, taken in moments.items()}
+    statistics["fit_gram"] = fit.finish()
+    for method in (ScaleBiasCompensation(), LeastSquares("own", bias=True, holdout=0.0)):
+        got = method.compensate(weight, statistics, keep, bias=True)
+        assert torch.equal(got.weight, weight[:, keep])
+        lost = row[0, ~keep].double() @ weight[:, ~keep].T
+        torch.testing.assert_close(got.bias, lost, rtol=1e-4, atol=1e-4)
 
 
 def test_flap_bias_is_the_mean_output_of_what_is_removed():

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
-from prunec.importance.gram import SecondMoment, Tokens, damp, second_moment
+from prunec.importance.gram import SecondMoment, Tokens, damp, least_variance, second_moment
 from prunec.passes.compensation.regression import Regression
-
-CONSTANT = 1e-12
-"""Below this part of its second moment a variance is rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +204,7 @@ class ScaleBiasCompensation:
         power = (seen * kept).sum(dim=1)
         variance = power - mean_kept.square()
         covariance = (seen * dense).sum(dim=1) - mean_kept * mean
-        known = variance > CONSTANT * power
+        known = variance > least_variance(kept, gram)
         scale = torch.where(known, covariance / torch.where(known, variance, 1.0), 1.0)
         mended = (scale[:, None] * dense[:, keep]).to(weight.device, weight.dtype)
         return Mended(mended, mean - scale * mean_kept if self.bias and bias else None)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from prunec.errors import PlanError
-from prunec.passes.compensation.closed_form import CONSTANT, Mended, onto_the_others, ridge
+from prunec.importance.gram import ROUNDING
+from prunec.passes.compensation.closed_form import Mended, onto_the_others, ridge
 from prunec.passes.compensation.regression import Regression, Target, Tokens
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class _Moments:
     def centred(self) -> tuple[Tensor, Tensor]:
         """Gram and cross-moments of ``x - E[x]`` and ``t - E[t]``; 0 where x does not vary."""
         gram = self.gram - torch.outer(self.mean, self.mean)
-        varies = gram.diagonal() > CONSTANT * self.gram.diagonal()
+        varies = gram.diagonal() > ROUNDING * self.gram.diagonal()
         cross = self.cross - torch.outer(self.mean_target, self.mean)
         return gram * varies * varies[:, None], cross * varies
 
