@@ -32,7 +32,7 @@ from prunec.pipeline.outline import Outline, outline
 from prunec.pipeline.result import Report, Result
 from prunec.pipeline.run import Run
 from prunec.pipeline.scoring import Batches, Scored, score
-from prunec.pipeline.whole import narrow, shorten
+from prunec.pipeline.whole import decided, narrow, shorten
 from prunec.pipeline.width import thin
 
 __all__ = [
@@ -131,6 +131,8 @@ def prune(
         activations=activations,
         progress=progress,
     )
+    if run.decision is not None:
+        return decided(run, run.decision)
     if HIDDEN in run.recipe.units:
         return narrow(run)
     if not DEPTH_KINDS.isdisjoint(run.recipe.units):

@@ -8,6 +8,7 @@ A package adds a plug-in by declaring it; prunec's own pyproject.toml is the exa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -44,11 +45,11 @@ def plugin(group: str, name: str) -> Any:
     """
     declared = _declared(group)
     if name not in declared:
-        raise PluginError(f"no {group} named {name!r}", fix=_nearest(name, sorted(declared)))
+        raise PluginError(f"no {group} named {name!r}", fix=nearest(name, sorted(declared)))
     entry = declared[name]
     try:
         return entry.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise PluginError(
             f"the {group} plug-in {name!r} does not load: {error}",
             where=f"{_package(entry)}: {entry.value}",
@@ -59,7 +60,7 @@ def plugin(group: str, name: str) -> Any:
 @cache
 def _declared(group: str) -> dict[str, EntryPoint]:
     if group not in GROUPS:
-        raise PluginError(f"no plug-in group named {group!r}", fix=_nearest(group, list(GROUPS)))
+        raise PluginError(f"no plug-in group named {group!r}", fix=nearest(group, list(GROUPS)))
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=f"prunec.{group}"):
         other = found.setdefault(entry.name, entry)
@@ -77,7 +78,8 @@ def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an unknown package"
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What a message says of a name that is none of those known: the nearest, and all."""
     if near := get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}? There are: {', '.join(known)}"
     return f"there are: {', '.join(known)}" if known else "none is installed"

@@ -9,6 +9,7 @@ from expecttest import assert_expected_inline as expect
 
 from prunec import registry
 from prunec.errors import PluginError
+from prunec.passes.recipe import Part
 
 PACKAGE = """
 [prunec.importance]
@@ -94,6 +95,20 @@ the importance plug-in 'broken' does not load: No module named 'no_such_module_a
   at   mine: no_such_module_at_all:Mine
   fix  reinstall or repair that package""",
     )
+
+
+def test_a_plug_in_whose_module_raises_is_one_message(
+    install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raising_plug_in.py").write_text("raise ValueError('no licence')")
+    install("mine", "raising", "raising_plug_in:Mine")
+    assert "'raising' does not load: no licence\n  at   mine:" in message("importance", "raising")
+
+
+def test_a_plug_in_that_is_no_dataclass_is_one_message(install) -> None:
+    install("mine", "counted", "collections:Counter")
+    with pytest.raises(PluginError, match="'counted' is no dataclass"):
+        Part("counted", {}).build("importance")
 
 
 def test_two_packages_with_one_name_are_an_error(install) -> None:

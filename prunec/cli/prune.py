@@ -298,14 +298,13 @@ def _recipe(
 ) -> Recipe:
     """The recipe with its settings, proven to build before anything is loaded."""
     from prunec.cli.opening import parse_settings
-    from prunec.passes.recipe import PARTS, load_recipe
+    from prunec.passes.recipe import load_recipe
     from prunec.passes.targets.constraints import hardware as preset
 
     if hardware:
         limits = limits.combined(preset(hardware))
     recipe = load_recipe(name).override(parse_settings(settings))
-    for part in PARTS:
-        getattr(recipe, part).build(part)
+    recipe.build()
     return replace(recipe, constraints=recipe.constraints.combined(limits))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,10 +13,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from prunec import registry
-from prunec.errors import PlanError
+from prunec.errors import PlanError, PluginError
 from prunec.graph.kinds import KINDS
 from prunec.passes.shallow import DEPTH_KINDS
 from prunec.passes.targets.constraints import Constraints
+from prunec.registry import nearest
 from prunec.settings import read_settings
 
 Scalar = str | int | float | bool | None
@@ -38,16 +38,22 @@ class Part:
         """The plug-in with these options.
 
         Raises:
-            PluginError: no plug-in of that name.
+            PluginError: no plug-in of that name, or one that is no dataclass.
             PlanError: an option it does not have (the nearest is named) or does not accept.
         """
         made = registry.plugin(group, self.name)
+        has_fields = is_dataclass(made)
+        if not has_fields:
+            raise PluginError(
+                f"the {group} plug-in {self.name!r} is no dataclass",
+                fix="name a class with @dataclass(frozen=True), whose fields are its options",
+            )
         known = [f.name for f in fields(made)]
         for key in self.options:
             if key not in known:
                 raise PlanError(
                     f"{group} {self.name} has no option {key!r}",
-                    fix=_nearest(key, known) if known else f"{self.name} has no options",
+                    fix=nearest(key, known) if known else f"{self.name} has no options",
                 )
         hints = _hints(made)
         for key, value in self.options.items():
@@ -64,6 +70,8 @@ class Recipe:
     """A method: what is pruned, how units are ranked, how much each block gives, what mends it.
 
     ``modes`` are named settings that ``mode=NAME`` applies; without it the recipe is as it says.
+    ``decision`` is a plug-in's pass (`prunec.passes.decision.Pass`), which says all by itself: the
+    recipe then has a name, what describes it, and ``pass``.
     """
 
     name: str
@@ -76,10 +84,13 @@ class Recipe:
     compensation: Part
     constraints: Constraints = field(default_factory=Constraints)
     modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    decision: Part | None = None
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration data decides anything; some criteria look at the weights alone."""
+        if self.decision is not None:
+            return bool(self.decision.build("passes").needs_data)
         criterion, allocation, compensation = (getattr(self, part).build(part) for part in PARTS)
         statistics = getattr(criterion, "statistics", None)  # of whole branches it has none
         reads = statistics is None or bool(statistics | compensation.statistics)
@@ -100,10 +111,14 @@ class Recipe:
 
     def _set(self, key: str, value: Any) -> Recipe:
         head, _, option = key.partition(".")
+        if self.decision is not None:
+            if head != "pass":
+                raise PlanError(f"{self.name} has no setting {key!r}", fix=_OF_A_PASS)
+            return replace(self, decision=_changed(self.decision, option, value))
         if key == "mode" and self.modes:
             if value not in self.modes:
                 raise PlanError(
-                    f"{self.name} has no mode {value!r}", fix=_nearest(str(value), [*self.modes])
+                    f"{self.name} has no mode {value!r}", fix=nearest(str(value), [*self.modes])
                 )
             return replace(self, modes={}).override(self.modes[value])
         if head == "units" and not option:
@@ -114,28 +129,28 @@ class Recipe:
         if head not in PARTS:
             raise PlanError(
                 f"a recipe has no setting {key!r}",
-                fix=_nearest(head, [*PARTS, "units", "constraints", *["mode"][: len(self.modes)]]),
+                fix=nearest(head, [*PARTS, "units", "constraints", *["mode"][: len(self.modes)]]),
             )
-        part: Part = getattr(self, head)
-        if option:
-            new = Part(part.name, {**part.options, option: value})
-        else:
-            new = part if value == part.name else Part(str(value), {})
-        changed: dict[str, Any] = {head: new}
+        changed: dict[str, Any] = {head: _changed(getattr(self, head), option, value)}
         return replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """As in the YAML file."""
+        about = {
+            "name": self.name,
+            "summary": self.summary,
+            "paper": self.paper,
+            "deviations": list(self.deviations),
+        }
+        if self.decision is not None:
+            return {**about, "pass": {"name": self.decision.name, **self.decision.options}}
         parts = {
             head: {"name": part.name, **part.options}
             for head in PARTS
             for part in [getattr(self, head)]
         }
         return {
-            "name": self.name,
-            "summary": self.summary,
-            "paper": self.paper,
-            "deviations": list(self.deviations),
+            **about,
             "units": list(self.units),
             **parts,
             **({"constraints": limits} if (limits := self.constraints.to_dict()) else {}),
@@ -150,12 +165,21 @@ class Recipe:
         """Raises PlanError for anything but the keys of a recipe."""
         if not isinstance(data, dict):
             raise PlanError("a recipe is a mapping of settings", where=where)
-        known = [f.name for f in fields(cls)]
+        known = [f.name for f in fields(cls) if f.name != "decision"]
         for key in data:
-            if key not in known:
+            if key not in (*known, "pass"):
                 raise PlanError(
-                    f"a recipe has no setting {key!r}", where=where, fix=_nearest(str(key), known)
+                    f"a recipe has no setting {key!r}",
+                    where=where,
+                    fix=nearest(str(key), [*known, "pass"]),
                 )
+        decision = _part(data["pass"], where=f"{where}: pass") if "pass" in data else None
+        if decision is not None:
+            if idle := [key for key in data if key not in (*_ABOUT, "pass")]:
+                raise PlanError(
+                    f"a recipe with a pass has no {', '.join(idle)}", where=where, fix=_OF_A_PASS
+                )
+            data = {"units": ["block"], "importance": "last-first", **data}
         missing = [key for key in ("name", "units", "importance") if key not in data]
         if missing:
             raise PlanError(f"the recipe lacks {', '.join(missing)}", where=where)
@@ -172,7 +196,19 @@ class Recipe:
                 data.get("constraints", {}), where=f"{where}: constraints"
             ),
             modes=_modes(data.get("modes", {}), where=f"{where}: modes"),
+            decision=decision,
         )
+
+    def build(self) -> None:
+        """Build every part once.
+
+        Raises:
+            PluginError, PlanError: one that does not exist, or an option that it does not take.
+        """
+        for head in PARTS:
+            getattr(self, head).build(head)
+        if self.decision is not None:
+            self.decision.build("passes")
 
 
 PARTS = ("importance", "allocation", "compensation")
@@ -204,9 +240,20 @@ def load_recipe(name: str) -> Recipe:
             raise PlanError(f"the recipe cannot be read: {error}", where=name) from error
         return Recipe.from_dict(read_settings(text, "the recipe", where=name), where=name)
     if name not in recipe_names():
-        raise PlanError(f"no recipe named {name!r}", fix=_nearest(name, recipe_names()))
+        raise PlanError(f"no recipe named {name!r}", fix=nearest(name, recipe_names()))
     text = (files("prunec.passes") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return Recipe.from_dict(read_settings(text, "the recipe", where=name), where=name)
+
+
+_ABOUT = ("name", "summary", "paper", "deviations")
+_OF_A_PASS = "a pass decides by itself what goes; its options are pass.OPTION=VALUE"
+
+
+def _changed(part: Part, option: str, value: Any) -> Part:
+    """The part with one option changed; without an option named, the part of that name."""
+    if option:
+        return Part(part.name, {**part.options, option: value})
+    return part if value == part.name else Part(str(value), {})
 
 
 def _hints(made: Any) -> dict[str, Any]:
@@ -229,7 +276,7 @@ def _refused(value: Scalar, hint: Any) -> str | None:
     if any(type(value) in accepted for accepted, _ in plain.values()):
         return None
     if words:
-        return _nearest(str(value), list(map(str, words)))
+        return nearest(str(value), list(map(str, words)))
     return f"use {' or '.join(said for _, said in plain.values())}"
 
 
@@ -251,7 +298,7 @@ def _units(value: Any, *, where: str | None = None) -> tuple[str, ...]:
     for kind in kinds:
         if kind not in known:
             raise PlanError(
-                f"no kind of unit is named {kind!r}", where=where, fix=_nearest(str(kind), known)
+                f"no kind of unit is named {kind!r}", where=where, fix=nearest(str(kind), known)
             )
     return tuple(kinds)
 
@@ -268,9 +315,3 @@ def _part(data: Any, *, where: str) -> Part:
     if isinstance(data, dict) and isinstance(data.get("name"), str):
         return Part(data["name"], {str(k): v for k, v in data.items() if k != "name"})
     raise PlanError("a part of a recipe is a name, or a mapping with a name", where=where)
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    listed = ", ".join(known)
-    return f"did you mean {near[0]!r}? There are: {listed}" if near else f"there are: {listed}"

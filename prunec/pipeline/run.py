@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from prunec.graph.waiting import Place, place_named
 from prunec.models import example_inputs
 from prunec.passes.allocation.uniform import Allocation
 from prunec.passes.compensation.closed_form import Compensation
+from prunec.passes.decision import Pass
 from prunec.passes.distributed import processes
 from prunec.passes.recipe import Recipe
 from prunec.passes.statistics.scores import Scores, Shelf
@@ -55,7 +56,13 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        _ = self.criterion, self.allocation, self.compensation, self.place
+        _ = self.criterion, self.allocation, self.compensation, self.place, self.decision
+
+    @cached_property
+    def decision(self) -> Pass | None:
+        """The pass of a plug-in, where the recipe names one."""
+        part = self.recipe.decision
+        return None if part is None else cast(Pass, part.build("passes"))
 
     @cached_property
     def criterion(self) -> Any:

@@ -1,4 +1,4 @@
-"""Runs that remove whole branches or blocks, or features of the residual stream."""
+"""Runs that remove whole branches or blocks, features of the stream, or what a plug-in says."""
 
 from __future__ import annotations
 
@@ -10,16 +10,32 @@ import torch
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph
 from prunec.passes.channels import HIDDEN, prune_channels, stream_sites
+from prunec.passes.decision import Pass
 from prunec.passes.depth import drop, loaded
 from prunec.passes.plan import Plan
 from prunec.passes.recipe import Recipe
 from prunec.passes.shallow import DEPTH_KINDS, prune_depth
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.prior import prior_statistics
-from prunec.passes.targets.goal import Goal
+from prunec.passes.targets.costs import measure_for
+from prunec.passes.targets.goal import Goal, block_parameters
 from prunec.pipeline.deliver import Outcome
 from prunec.pipeline.result import Result
 from prunec.pipeline.run import Run
+
+
+def decided(run: Run, decision: Pass) -> Result:
+    """What a plug-in's pass says goes."""
+    _check_options(run, constraints=run.recipe.constraints.to_dict())
+    dense = loaded(run.couple(), run.weights, run.device)
+    with run.clock("prune"):
+        goal = Goal.on(dense, run.aim)
+        plan = decision.plan(dense, goal, run.batches)
+    dense = _to_deliver(run, dense)
+    coupling = drop(dense, plan.dropped)
+    weights = Weights(coupling, selection=plan.selection(coupling))
+    outcome = Outcome(dense, coupling, weights, plan)
+    return run.deliver(outcome, aim=_reached(goal, outcome))
 
 
 def shorten(run: Run) -> Result:
@@ -80,6 +96,24 @@ def _to_deliver(run: Run, coupling: CouplingGraph) -> CouplingGraph:
     return loaded(run.couple("cpu"), run.weights)
 
 
+def _reached(goal: Goal, outcome: Outcome) -> dict[str, Any]:
+    """What is left, as the target counts it; not of a target that is told site by site."""
+    kind, coupling = goal.target.kind, outcome.coupling
+    if kind in ("kv-cache", "latency"):
+        return {}
+    counts = outcome.weights.selection.counts
+    left: float = sum(block_parameters(coupling, counts).values())
+    if kind != "ratio":
+        left = measure_for(kind, coupling, counts).whole()
+    return {
+        "target": str(goal.target),
+        "before": goal.of,
+        "asked": goal.of - goal.remove,
+        "reached": left,
+        "rounding": goal.of - left - goal.remove,
+    }
+
+
 def _check_options(run: Run, *, constraints: Mapping[str, Any]) -> None:
     """Refuse what this kind of run could only ignore; `align` is a wish, not a rule."""
     idle = [f"the constraint {name}" for name in constraints if name != "align"]
@@ -88,10 +122,16 @@ def _check_options(run: Run, *, constraints: Mapping[str, Any]) -> None:
     idle += ["a place for activations"] if run.activations != "auto" else []
     if idle:
         raise PlanError(
-            f"a run that removes {', '.join(run.recipe.units)} has no use for {', '.join(idle)}",
+            f"a run that {_what(run.recipe)} has no use for {', '.join(idle)}",
             so="it would be without effect",
             fix="leave it out; such a run takes one pass over the data and keeps no progress",
         )
+
+
+def _what(recipe: Recipe) -> str:
+    if recipe.decision is not None:
+        return f"does as the pass {recipe.decision.name} says"
+    return f"removes {', '.join(recipe.units)}"
 
 
 def _only(recipe: Recipe, kinds: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from prunec.errors import PluginError
 from prunec.graph.rules import (
     contract,
     create,
@@ -45,5 +46,12 @@ def installed_rules() -> Rules:
     to it.
     """
     for name in names("op_rules"):
-        plugin("op_rules", name)(RULES)
+        register = plugin("op_rules", name)
+        try:
+            register(RULES)
+        except Exception as error:
+            raise PluginError(
+                f"the op_rules plug-in {name!r} fails: {error!r}",
+                fix="repair or uninstall that package",
+            ) from error
     return RULES

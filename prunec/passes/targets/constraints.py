@@ -15,6 +15,7 @@ from prunec.graph.kinds import KINDS
 from prunec.importance.curves import RemovalCurve
 from prunec.importance.problem import BoolArray, IntArray
 from prunec.passes.sites import Site
+from prunec.registry import nearest
 
 PRESETS: Mapping[str, int] = {"gpu": 64, "vllm": 128, "gguf-k": 256}
 """FFN widths that the kernels of an engine take whole: tensor cores, vLLM, k-quant blocks."""
@@ -102,10 +103,15 @@ class Constraints:
     def from_dict(cls, data: Any, *, where: str = "constraints") -> Constraints:
         """Raises PlanError for anything but the fields above."""
         known = [f.name for f in fields(cls)]
-        if not isinstance(data, Mapping) or not set(data) <= set(known):
+        if not isinstance(data, Mapping):
             raise PlanError(
                 "constraints are a mapping of settings", where=where, fix=", ".join(known)
             )
+        for key in data:
+            if key not in known:
+                raise PlanError(
+                    f"constraints have no setting {key!r}", where=where, fix=nearest(key, known)
+                )
         values = dict(data)
         multiples = values.get("multiple_of", {})
         if not isinstance(multiples, Mapping):
