@@ -47,7 +47,7 @@ def show_outline(screen: Screen, outline: Outline) -> None:
     screen.say(
         f"{target} would go; the blocks hold {outline.block_parameters:,} parameters."
         if outline.wanted
-        else f"{target} would go; which sites give them is decided on calibration data."
+        else f"{target} would go; what gives them is decided in the run."
     )
 
 

@@ -72,6 +72,12 @@ def prune_channels(
     return _best(coupling, sites, left, criterion, tensors, statistics)
 
 
+def check_channels(coupling: CouplingGraph, goal: Goal, constraints: Constraints) -> None:
+    """Raises PlanError if the streams can lose no features, or no number meets the target."""
+    groups = [site.groups[0] for site in stream_sites(coupling)]
+    _numbers_left(coupling, groups, goal, constraints)
+
+
 def heaviest(
     coupling: CouplingGraph, part: float, constraints: Constraints, tensors: Mapping[str, Tensor]
 ) -> Selection:
@@ -127,6 +133,7 @@ def _numbers_left(
             so=f"{amount(goal.target.kind, goal.remove)} were to go",
             fix="ask for more, or loosen the constraints",
         )
+    goal.check_left(best)
     return found
 
 

@@ -75,7 +75,7 @@ def prune_depth(
 
     Raises:
         PlanError: a criterion that does not rank depth, or a target that no number of whole units
-            comes near (it says what the nearest are).
+            comes near (it says what the nearest is).
     """
     if not isinstance(criterion, DepthCriterion):
         raise PlanError(
@@ -103,6 +103,7 @@ def prune_depth(
             so=f"{amount(goal.target.kind, goal.remove)} were to go",
             fix="ask for more, or prune width",
         )
+    goal.check_left(before)
     return _in_order(coupling, gone), tuple(found)
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunec.graph.cost import parameter_count
-from prunec.graph.coupling import couple
+from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import Example, trace
 from prunec.passes.allocation.uniform import Allocation, Uniform
+from prunec.passes.channels import HIDDEN, check_channels
 from prunec.passes.recipe import Recipe
+from prunec.passes.shallow import DEPTH_KINDS, depth_units
 from prunec.passes.sites import Skipped, check_found, find_sites
 from prunec.passes.statistics.prior import reads_no_input
 from prunec.passes.targets.goal import Goal, block_parameters
@@ -29,7 +31,7 @@ class Outline:
         goal: the target as it was asked for.
         target: what is to go, in the goal's unit.
         wanted: per site, (parameters it holds, parameters it is asked for); empty for an allocation
-            that looks at data first.
+            that looks at data first, and where whole branches or features of the stream go.
         skipped: groups of the wanted kinds that have no site, and why.
     """
 
@@ -52,6 +54,9 @@ def outline(
         ExportError: the model's class can do without no unit of a kind that may go.
     """
     coupling = couple(trace(model, example))
+    depth = not DEPTH_KINDS.isdisjoint(recipe.units)
+    if depth or HIDDEN in recipe.units or recipe.decision is not None:
+        return _whole(coupling, recipe, target)
     parts = recipe.importance.build("importance"), recipe.compensation.build("compensation")
     sites, skipped = find_sites(coupling, recipe.units, by_weight=reads_no_input(*parts))
     check_found(coupling, sites, skipped)
@@ -76,3 +81,14 @@ def outline(
         },
         skipped=tuple(skipped),
     )
+
+
+def _whole(coupling: CouplingGraph, recipe: Recipe, target: float | Target) -> Outline:
+    """Of a run that has no sites: whole branches go, features of the stream, what a pass says."""
+    goal = Goal.on(coupling, target)
+    if recipe.decision is None and HIDDEN in recipe.units:
+        check_channels(coupling, goal, recipe.constraints)
+    elif recipe.decision is None:
+        depth_units(coupling, recipe.units)
+    held = sum(block_parameters(coupling).values())
+    return Outline(held, str(goal.target), goal.remove, {}, ())

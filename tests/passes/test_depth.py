@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as T
 from torch import Tensor, nn
 
 import prunec
+from prunec.api import outline
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.dropping import drop_branches
@@ -19,6 +21,7 @@ from prunec.importance.influence import BlockInfluence, Divergence
 from prunec.passes.plan import GroupKeep, Plan
 from prunec.passes.recipe import load_recipe
 from prunec.passes.shallow import depth_units
+from prunec.passes.targets.target import chosen_target
 
 SIZES = {
     "vocab_size": 61,
@@ -224,6 +227,24 @@ def test_counting_is_what_keeps_caches_right(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_does_not_go_together(settings: dict[str, str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         prunec.prune(tiny(), recipe="short-gpt", calibration=data(1), settings=settings)
+
+
+@pytest.mark.parametrize(("recipe", "mode"), [("llm-pruner", "layer"), ("llm-pruner", "channel")])
+def test_a_target_that_whole_units_miss_names_the_nearest(recipe: str, mode: str) -> None:
+    model, settings = tiny(), {"mode": mode}
+    method = load_recipe(recipe).override(settings)
+    with pytest.raises(PlanError, match="were to be left") as caught:
+        prunec.prune(
+            model, recipe=recipe, target="params=61%", calibration=data(1), settings=settings
+        )
+    nearest = re.findall(r"[\d,]+ parameters", str(caught.value.so))[0].split()[0]
+    target = f"params={nearest.replace(',', '')}"
+    result = prunec.prune(
+        model, recipe=recipe, target=target, calibration=data(1), settings=settings
+    )
+    assert f"params={result.report.parameters[1]}" == target
+    found = outline(model, recipe=method, target=chosen_target(None, target), example=data(1)[0])
+    assert (found.goal, found.wanted) == (target, {})
 
 
 def test_modes_of_a_recipe() -> None:

@@ -199,7 +199,7 @@ class Budget:
     @cached_property
     def _slack(self) -> float:
         """How far from the goal the total may be."""
-        if self.goal.target.kind not in ("ratio", "latency"):
+        if not self.goal.takes_nearest:
             return self.goal.tolerance
         units = [account.unit for account in self._accounts.values() if account.unit > 0]
         unit = min(units, default=0.0)

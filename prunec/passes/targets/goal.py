@@ -61,6 +61,22 @@ class Goal:
             )
         return cls(target, measure, whole, whole - left, TOLERANCE * left)
 
+    @property
+    def takes_nearest(self) -> bool:
+        """Whether the nearest whole unit will do where units are coarser than the tolerance."""
+        return self.target.kind in ("ratio", "latency")
+
+    def check_left(self, left: float) -> None:
+        """Raises PlanError where the nearest that whole units leave is too far from the target."""
+        if self.takes_nearest or abs(left - self.of + self.remove) <= self.tolerance * (1 + 1e-9):
+            return
+        kind = self.target.kind
+        raise PlanError(
+            f"{self.target}: {amount(kind, self.of - self.remove)} were to be left",
+            so=f"whole units come nearest with {amount(kind, left)} ({left / self.of:.2%})",
+            fix="ask for that, or for a --ratio, which takes the nearest",
+        )
+
     def narrowed(self, coupling: CouplingGraph, counts: Counts) -> Goal:
         """What is left to be removed once leaves of no site keep these many units.
 
