@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+from memory import peak_bytes
 
 LIBRARIES = {
     "eager": ("torch", "transformers"),
@@ -156,10 +157,7 @@ def memory(job: dict[str, Any]) -> dict[str, dict[str, int]]:
     runs.prefill()
     if runs.decode:
         runs.decode()
-    # not getrusage: its peak is also that of the process that started this one
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    (highest,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return {label: {"memory_bytes": 1024 * int(highest) - before}}
+    return {label: {"memory_bytes": peak_bytes() - before}}
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ import psutil
 import torch
 from cells import RECOVERED, TASKS, TEXTS, Cell, Protocol, Table, markdown
 from common import data_directory
+from memory import peak_bytes
 from torch import Tensor
 
 # The longest first, so that several jobs end together.
@@ -269,7 +269,7 @@ def prune(
         settings=settings,
     )
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     forward = forward_seconds(source.model, calibration.batches)
     result.save(out, tokenizer=source.tokenizer, base_model=model, overwrite=True)
     return {

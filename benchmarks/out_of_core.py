@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from memory import forget_peak, peak_bytes
+
 SHAPES = {
     "small": {"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 2816, "heads": 16},
     "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "heads": 32},
@@ -84,15 +86,13 @@ class Meter:
 
     def _note(self) -> None:
         """What went on since the last note belongs to the innermost step."""
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peak = next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
         new = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}
         step, now = self.steps.setdefault(self._open[-1], new), self._now()
         for name, end, start in zip(("seconds", "cpu_seconds"), now, self._since, strict=True):
             step[name] = round(step[name] + end - start, 3)
-        step["peak_bytes"] = max(step["peak_bytes"], peak)
+        step["peak_bytes"] = max(step["peak_bytes"], peak_bytes())
         self._since = now
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        forget_peak()
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Meter]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import psutil
 from common import data_directory, write
+from memory import peak_bytes
 
 CALIBRATION = "text/calib/c4.utf8"
 
@@ -81,7 +81,7 @@ def measure(layers: int, samples: int, seq_len: int) -> dict[str, float]:
     start = time.perf_counter()
     prunec.prune(source.model, ratio=0.2, calibration=calibration)
     prune_s = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     start = time.perf_counter()
     with torch.no_grad():
         for batch in calibration.batches:
