@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 from common import read, shared
@@ -120,11 +122,9 @@ def _place(of: tuple[dict[str, Any], str]) -> tuple[float, float]:
 def _row(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, str]:
     """What the table says of a cell, by column, before or after recovery."""
     pruning = {} if prefix else row.get("pruning", {})
-    bound = f", {row['minutes']:g} minutes" if row.get("minutes") else ""
-    after = ", then LoRA" if prefix else ""
     return {
-        "": f"{row['ratio']:.0%}" if row["ratio"] else "",
-        "method": f"`{row['method']}`{bound}{after}" if row["ratio"] else "dense",
+        "": _ratio(row),
+        "method": _method(row) + (", then LoRA" if prefix else ""),
         "WikiText-2": _times(row[f"{prefix}wikitext2"], dense.get("wikitext2")),
         "C4": _times(row.get(f"{prefix}c4"), dense.get("c4")),
         **{label: _accuracy(row, task, prefix) for task, label in TASKS.items()},
@@ -134,6 +134,15 @@ def _row(row: dict[str, Any], dense: dict[str, Any], prefix: str) -> dict[str, s
         "forward passes": _forwards(pruning),
         "memory": f"{pruning['peak_bytes'] / 1e9:.1f} GB" if pruning else "",
     }
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.0%}" if row["ratio"] else ""
+
+
+def _method(row: dict[str, Any]) -> str:
+    bound = f", {row['minutes']:g} minutes" if row.get("minutes") else ""
+    return f"`{row['method']}`{bound}" if row["ratio"] else "dense"
 
 
 def _forwards(pruning: dict[str, Any]) -> str:
@@ -151,11 +160,42 @@ def _times(found: dict[str, Any] | None, dense: dict[str, Any] | None) -> str:
     return "{} ({} x)".format(*(f"{value:,.{2 if value < 100 else 0}f}" for value in values))
 
 
-def _accuracy(row: dict[str, Any], task: str, prefix: str) -> str:
-    """The accuracy on the most items that were run, in per cent with its standard error."""
-    runs = [row[what] for what in row if what.startswith(f"{prefix}tasks")]
-    entries = [e for run in runs for e in run if (e["task"], e["metric"]) == (task, "acc")]
-    if not entries:
+def differences(table: Table, method: str) -> str:
+    """How many points more of the items a method gets right than each other, at the same ratio.
+
+    The standard error is that of paired items: which are hard is the same for both.
+    """
+    scored = [row for row in table.cells.values() if not row["seed"] and _entries(row, "")]
+    pairs = [
+        (mine, other)
+        for mine in scored
+        if mine["method"] == method
+        for other in scored
+        if other is not mine and other["ratio"] in (0.0, mine["ratio"])
+    ]
+    lines = [["", f"`{method}` against", *TASKS.values()], ["--:", ":--", *["--:"] * len(TASKS)]]
+    for mine, other in pairs:
+        cells = (_difference(mine, other, task) for task in TASKS)
+        lines.append([_ratio(mine), _method(other), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _difference(mine: dict[str, Any], other: dict[str, Any], task: str) -> str:
+    first, second = (_entries(row, "").get(task, {}).get("outcomes", "") for row in (mine, other))
+    if not first or len(first) != len(second):
         return ""
-    best = max(entries, key=lambda entry: int(entry["samples"]))
-    return f"{100 * best['value']:.1f} ± {100 * best['stderr']:.1f}"
+    each = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
+    return f"{100 * fmean(each):+.1f} ± {100 * stdev(each) / sqrt(len(each)):.1f}"
+
+
+def _accuracy(row: dict[str, Any], task: str, prefix: str) -> str:
+    """In per cent, with its standard error."""
+    entry = _entries(row, prefix).get(task)
+    return f"{100 * entry['value']:.1f} ± {100 * entry['stderr']:.1f}" if entry else ""
+
+
+def _entries(row: dict[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
+    """By task the accuracy on the most items that were run."""
+    runs = [row[what] for what in row if what.startswith(f"{prefix}tasks")]
+    found = [entry for run in runs for entry in run if entry["metric"] == "acc"]
+    return {entry["task"]: entry for entry in sorted(found, key=lambda e: int(e["samples"]))}

@@ -9,6 +9,7 @@
     python benchmarks/methods.py --methods slimgpt --set compensation=none  # cells of their own
     python benchmarks/methods.py --methods slimgpt auto --texts c4       # calibrated on C4 alone
     python benchmarks/methods.py --markdown              # the table of what has been run
+    python benchmarks/methods.py --markdown --against auto  # its tasks against each, item by item
 
 Each cell is a method at a ratio and a seed. What has been measured stands in results/methods.json
 and is not measured again; pruned models stay in --work until they are deleted, and are made again
@@ -36,7 +37,7 @@ from typing import Any
 
 import psutil
 import torch
-from cells import RECOVERED, TASKS, TEXTS, Cell, Protocol, Table, markdown
+from cells import RECOVERED, TASKS, TEXTS, Cell, Protocol, Table, differences, markdown
 from common import data_directory
 from memory import peak_bytes
 from torch import Tensor
@@ -57,6 +58,8 @@ def main() -> None:
     if not options.markdown:
         run_all(list(cells(options)), Table(protocol), options)
     print(markdown(Table(protocol)))
+    if options.against:
+        print(differences(Table(protocol), options.against))
 
 
 def parse() -> argparse.Namespace:
@@ -84,6 +87,7 @@ def parse() -> argparse.Namespace:
         "--quick", action="store_true", help="20 %%, 16 x 512 tokens, 200 items, 2 jobs"
     )
     parser.add_argument("--markdown", action="store_true", help="only print the table")
+    parser.add_argument("--against", metavar="RECIPE", help="and its differences on the tasks")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="where models are kept")
     parser.add_argument("--jobs", type=int, help="processes of a thread each; 1, with --quick 2")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -211,7 +215,12 @@ def tasks(source: Any, items: int) -> list[dict[str, Any]]:
         limit=items or None,
         batch_size=16,
     )
-    return [asdict(entry) for entry in found]
+    return [asdict(entry) | {"outcomes": _digits(entry.outcomes)} for entry in found]
+
+
+def _digits(outcomes: Sequence[float]) -> str:
+    """A digit an item, 1 where it is right."""
+    return "".join(f"{outcome:.0f}" for outcome in outcomes)
 
 
 def prune_in_child(cell: Cell, protocol: Protocol, out: Path) -> dict[str, Any]:

@@ -272,7 +272,11 @@ def _tasks(screen: Screen, source: Source, plan: Wanted) -> Found:
         batch_size=plan.batch_size,
         progress=screen,
     )
-    return [(vars(score), [task_metric(score)]) for score in scores]
+    found: Found = []
+    for score in scores:  # its outcomes stand in its metric
+        figures = {name: value for name, value in vars(score).items() if name != "outcomes"}
+        found.append((figures, [task_metric(score)]))
+    return found
 
 
 def _accuracies(screen: Screen, source: Source, plan: Wanted) -> Found:

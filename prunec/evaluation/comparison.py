@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from math import nan
+from dataclasses import asdict, dataclass, field, replace
+from math import nan, sqrt
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from prunec.evaluation.accuracy import Accuracy
@@ -26,6 +27,7 @@ class Metric:
         higher_is_better: which way is up.
         how: the protocol, such as ``valid.txt, 40 windows of 1024``; figures compare where it is
             the same.
+        outcomes: what each sample gave, where the value is their mean.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Metric:
     unit: Unit = ""
     higher_is_better: bool = True
     how: str = ""
+    outcomes: tuple[float, ...] = field(default=(), repr=False)
 
     def retention(self, base: Metric) -> float | None:
         """The part of the base's figure, 1 for all of it; None where that says nothing.
@@ -45,6 +48,18 @@ class Metric:
             return self.value / base.value if base.value > 0 else None
         good, bad = (self, base) if self.higher_is_better else (base, self)
         return good.value / bad.value if bad.value > 0 and self.unit != "nats" else None
+
+    def difference(self, base: Metric) -> Metric | None:
+        """How much more than the base's, its standard error that of paired samples.
+
+        Which samples are hard is the same for both models, so it is less than the two errors say.
+        None where the samples are not known, or not the same number.
+        """
+        if self.how != base.how or len(self.outcomes) != len(base.outcomes) or not self.outcomes:
+            return None
+        each = [mine - other for mine, other in zip(self.outcomes, base.outcomes, strict=True)]
+        stderr = stdev(each) / sqrt(len(each)) if len(each) > 1 else None
+        return replace(self, value=fmean(each), stderr=stderr, outcomes=tuple(each))
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,7 @@ class Evaluation:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Evaluation:
         """Reads what `to_json` wrote; a figure that is not finite may have become None."""
-        entries = [{**entry, "value": _number(entry["value"])} for entry in data["metrics"]]
-        return cls(str(data["model"]), tuple(Metric(**entry) for entry in entries))
+        return cls(str(data["model"]), tuple(map(_read, data["metrics"])))
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,13 @@ class Comparison:
         """How the figures were taken, a line a protocol."""
         lines = {m.how: None for e in self.evaluations for m in e.metrics if m.how}
         kept = "kept: per cent of the first model's figure; of a perplexity, the inverse"
-        return [*lines, *([kept] if len(self.evaluations) > 1 else [])]
+        paired = "in brackets: the difference, with the standard error of paired samples"
+        rows = [cell for row in self.rows() for cell in row[2:]]
+        return [
+            *lines,
+            *([kept] if len(self.evaluations) > 1 else []),
+            *([paired] if any("(" in cell for cell in rows) else []),
+        ]
 
     def to_markdown(self) -> str:
         """The table and its notes."""
@@ -103,18 +123,19 @@ class Comparison:
         return [name if len(same_name) == 1 else f"{name} ({how})", _shown(base), *cells]
 
 
-def _number(value: float | None) -> float:
-    return nan if value is None else value
+def _read(entry: dict[str, Any]) -> Metric:
+    value = nan if entry["value"] is None else entry["value"]
+    return Metric(**{**entry, "value": value, "outcomes": tuple(entry.get("outcomes", ()))})
 
 
-def shown(metric: Metric) -> str:
-    """A figure with its standard error, in units that a person reads.
+def shown(metric: Metric, sign: Literal["", "+"] = "") -> str:
+    """A figure with its standard error, in units that a person reads; of a difference "+" as well.
 
     >>> shown(Metric("piqa acc", 0.6812, 0.0109, "part"))
     '68.12 ± 1.09 %'
     """
     scale, digits, unit = _form(metric)
-    text = f"{metric.value * scale:,.{digits}f}"
+    text = f"{metric.value * scale:{sign},.{digits}f}"
     if metric.stderr is not None:
         text += f" ± {metric.stderr * scale:,.{digits}f}"
     return f"{text} {unit}".rstrip()
@@ -139,8 +160,10 @@ def _shown(metric: Metric | None) -> str:
 
 
 def _kept(metric: Metric | None, base: Metric | None) -> str:
-    retention = metric.retention(base) if metric and base else None
-    return "" if retention is None else f"{retention:.1%}"
+    if metric is None or base is None or (retention := metric.retention(base)) is None:
+        return ""
+    difference = metric.difference(base)
+    return f"{retention:.1%}" + (f" ({shown(difference, '+')})" if difference else "")
 
 
 def _find(evaluation: Evaluation, name: str, how: str) -> Metric | None:
@@ -178,6 +201,7 @@ def task_metric(score: TaskScore) -> Metric:
         "part" if part else "",
         score.higher_is_better,
         how,
+        score.outcomes,
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prunec.errors import CalibrationError, PluginError
@@ -36,7 +37,8 @@ GROUPS = {"commonsense7": tuple(COMMONSENSE7)}
 class TaskScore:
     """One metric of one task as lm-eval gives it; `stderr` is None where it gives none.
 
-    `samples` were scored, with `shots` examples in the prompt, by `version` of the task.
+    `samples` were scored, with `shots` examples in the prompt, by `version` of the task; `outcomes`
+    is what each gave, where `value` is their mean.
     """
 
     task: str
@@ -47,6 +49,7 @@ class TaskScore:
     samples: int
     shots: int
     version: str
+    outcomes: tuple[float, ...] = field(default=(), repr=False)
 
 
 def task_scores(
@@ -87,7 +90,7 @@ def task_scores(
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,
                 limit=limit,
-                log_samples=False,
+                log_samples=True,
                 task_manager=manager,
             )
         except (OSError, ValueError) as error:  # a data set that is absent, or a file that is bad
@@ -153,6 +156,7 @@ def _scores(found: Any) -> list[TaskScore]:
     """The rows of lm-eval's result, in its order; metrics are keyed "name,filter"."""
     scores = []
     for task, figures in found["results"].items():
+        samples = found.get("samples", {}).get(task, ())
         counted = found.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in figures.items():
             metric, comma, chosen = key.partition(",")
@@ -170,9 +174,22 @@ def _scores(found: Any) -> list[TaskScore]:
                     samples=int(counted or figures.get("sample_len") or 0),
                     shots=int(found.get("n-shot", {}).get(task) or 0),
                     version=str(found.get("versions", {}).get(task, "")),
+                    outcomes=_outcomes(samples, metric, chosen, mean=value),
                 )
             )
     return scores
+
+
+def _outcomes(
+    samples: Sequence[Mapping[str, Any]], metric: str, chosen: str, *, mean: float
+) -> tuple[float, ...]:
+    """What each sample gave, in the order of the task; nothing for a metric that is no mean."""
+    mine = [sample for sample in samples if sample.get("filter", chosen) == chosen]
+    given = [s.get(metric) for s in sorted(mine, key=lambda sample: int(sample["doc_id"]))]
+    numbers = [float(value) for value in given if isinstance(value, int | float)]
+    if not numbers or len(numbers) < len(given) or not math.isclose(fmean(numbers), mean):
+        return ()
+    return tuple(numbers)
 
 
 def _average(name: str, scores: Sequence[TaskScore]) -> TaskScore:

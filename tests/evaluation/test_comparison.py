@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from math import isnan
 
@@ -46,6 +47,24 @@ def test_one_table_for_several_models() -> None:
     assert Comparison((dense, small, small)).head == ["", "dense", "small", "kept", "small", "kept"]
     assert [len(row) for row in Comparison((dense, small, small)).rows()] == [6, 6]
     assert Evaluation.from_json(small.to_json()) == small
+
+
+def test_samples_that_are_the_same_for_both_are_paired() -> None:
+    def accuracy(*outcomes: float, how: str = "piqa") -> Metric:
+        value = sum(outcomes) / len(outcomes)
+        return Metric("piqa acc", value, 0.25, "part", True, how, outcomes)
+
+    dense, small = accuracy(1, 1, 0, 1), accuracy(1, 0, 0, 1)
+    difference = small.difference(dense)
+    assert difference is not None
+    assert (difference.value, difference.stderr) == (-0.25, pytest.approx(0.25))
+    assert dense.difference(replace(small, how="of another length")) is None
+    assert dense.difference(replace(small, outcomes=())) is None
+    table = Comparison((Evaluation("dense", (dense,)), Evaluation("small", (small,))))
+    assert table.rows()[0][-1] == "66.7% (-25.00 ± 25.00 %)"
+    assert "paired samples" in table.notes()[-1]
+    read = Evaluation.from_json(json.loads(json.dumps(table.evaluations[1].to_json())))
+    assert read.metrics == (small,)
 
 
 def test_a_figure_that_is_not_finite_comes_back_from_json() -> None:

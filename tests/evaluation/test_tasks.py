@@ -112,6 +112,16 @@ def test_the_numbers_are_those_of_its_own_command_line(folder: Path, name: str) 
         assert score["higher_is_better"] == (metric != "perplexity")
 
 
+def test_what_each_sample_gave(folder: Path) -> None:
+    scores = task_scores(tiny_llama(), tiny_tokenizer(), TASKS, include_path=[folder], limit=20)
+    for score in scores:
+        if score.metric == "perplexity":  # no mean of what the samples gave
+            assert score.outcomes == ()
+        else:
+            assert len(score.outcomes) == 20
+            assert sum(score.outcomes) / 20 == pytest.approx(score.value)
+
+
 def test_unknown_tasks_and_folders(folder: Path) -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     with pytest.raises(CalibrationError, match="no task 'toy_choic'") as caught:
