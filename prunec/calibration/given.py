@@ -186,6 +186,12 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Tensor], *, loss: bool)
             or (makes_decoder and "decoder_input_ids" not in batch)
         )
     }
+    if not given:
+        raise CalibrationError(
+            f"a batch holds {', '.join(batch)}, and no input of {type(model).__name__}",
+            so=f"forward takes {', '.join(parameters)}",
+            fix="give inputs by the names of forward's arguments",
+        )
     try:
         inspect.signature(model.forward).bind(**given)
     except TypeError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from prunec.models.quiet import quiet
 def hub_rows(
     name: str,
     subset: str | None,
-    split: str,
+    split: str | None,
     progress: Progress = silent,
     *,
     most: int | None = None,
@@ -23,6 +25,7 @@ def hub_rows(
 
     Args:
         name: on the Hub, or a directory that holds one.
+        split: train where none is named.
         most: only the first so many, read as they come where the network is in use: then what
             lies behind them is not downloaded. A split with a slice, ``train[:1%]``, is.
 
@@ -36,17 +39,19 @@ def hub_rows(
         raise PluginError(
             "data sets of the Hub need the datasets package", fix="pip install 'prunec[data]'"
         ) from error
-    streaming = most is not None and "[" not in split and not datasets.config.HF_HUB_OFFLINE
-    with progress.task(f"fetch {name}"), quiet():
+    part, folder = split or "train", Path(name).expanduser()
+    streaming = most is not None and "[" not in part and not datasets.config.HF_HUB_OFFLINE
+    with progress.task(f"fetch {name}"), quiet(), _hushed(datasets):
         try:
-            if Path(name).expanduser().is_dir() and _was_saved(Path(name).expanduser()):
-                rows = _saved(Path(name).expanduser(), split)
+            if folder.is_dir() and _was_saved(folder):
+                rows = _saved(folder, subset, split)
             else:
-                rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+                rows = datasets.load_dataset(name, subset, split=part, streaming=streaming)
             return rows if most is None else list(rows.take(most))
         # Absent, offline, no such split; what reads a file's format has errors of its own.
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause = error.__cause__ or error  # that it could not be made says less than why
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise CalibrationError(
                 f"the data set {name} cannot be had: {reason}",
                 fix="check the name and the network, or give a file",
@@ -58,8 +63,34 @@ def _was_saved(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _saved(folder: Path, split: str) -> Any:
+def _saved(folder: Path, subset: str | None, split: str | None) -> Any:
+    """What was saved: one split, or several by name.
+
+    Raises:
+        ValueError: it has not what was named.
+    """
     import datasets
 
     found = datasets.load_from_disk(str(folder))
-    return found[split] if isinstance(found, datasets.DatasetDict) else found
+    if isinstance(found, datasets.DatasetDict):
+        named, wanted = {str(name): rows for name, rows in found.items()}, split or "train"
+    else:
+        named, wanted = {str(found.split or ""): found}, split or str(found.split or "")
+    if subset or wanted not in named:
+        splits = ", ".join(filter(None, named)) or "one split without a name"
+        raise ValueError(f"it was saved with {splits}, and without subsets")
+    return named[wanted]
+
+
+@contextmanager
+def _hushed(datasets: Any) -> Iterator[None]:
+    """Without the progress bars and log lines of the package: what matters is in its errors."""
+    level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()

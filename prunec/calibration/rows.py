@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from prunec.calibration.hub import hub_rows
@@ -37,6 +36,7 @@ _WITHOUT_INPUT = (
 )
 _PAIRS = (("prompt", "completion"), ("source", "target"))
 _CHATS = ("messages", "conversations")
+_TURN = ("role", "from", "content", "value")
 # ShareGPT's words for who speaks, as chat templates say it.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
@@ -83,7 +83,7 @@ def source_rows(
     subset, _, split = rest.partition(":")
     if not name:
         raise CalibrationError("a data set without a name", fix="hub:owner/name")
-    return hub_rows(name, subset or None, split or "train", progress, most=most)
+    return hub_rows(name, subset or None, split or None, progress, most=most)
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -186,23 +186,40 @@ def _chat(turns: Sequence[Any], tokenizer: Any, where: str) -> Entry:
     messages = [_message(turn, where) for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError, IndexError) as error:
+    except Exception as error:  # a template is code, which may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"the chat template does not take this conversation: {error}", where=where
+            f"the chat template does not take this conversation: {reason}", where=where
         ) from error
     return Entry(str(text), formatted=True)
 
 
-def _message(turn: Any, where: str) -> dict[str, str]:
+def _message(turn: Any, where: str) -> dict[str, Any]:
+    """A turn as templates know it, with what else it holds (the calls of tools); columns that a
+    data set fills up with None are left out.
+    """
     if isinstance(turn, Mapping):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": _SPEAKERS.get(role, role), "content": content}
+        rest = {k: v for k, v in turn.items() if k not in _TURN and v is not None}
+        said = _said(content)
+        if isinstance(role, str) and (said is not None or "tool_calls" in rest):
+            spoken = {} if said is None else {"content": said}
+            return {"role": _SPEAKERS.get(role, role), **spoken, **rest}
     raise CalibrationError(
         "a turn of a conversation has no speaker or no text",
         where=where,
         fix='{"role": "user", "content": "..."}, or {"from": "human", "value": "..."}',
     )
+
+
+def _said(content: Any) -> str | None:
+    """The text of a turn, also where it comes in parts; None where it is something else."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        for part in parts
+    ]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def encode(entry: Entry, tokenizer: Any) -> Sample:

@@ -55,6 +55,8 @@ def parse_source(spec: str) -> DataSource:
         CalibrationError: a weight that is not a positive number, or more than two fields.
     """
     name, weight = _weighted(spec)
+    if not name.strip():
+        raise CalibrationError("a calibration source without a name", fix="name a file, or self")
     place, mark, fragment = name.partition("#")
     if mark and Path(name).expanduser().exists():
         place, fragment = name, ""

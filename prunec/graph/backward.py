@@ -75,7 +75,7 @@ def differentiate(
 
     Raises:
         VerifyError: a loss is NaN or infinite, naming the sample.
-        TraceError: an operator of the program has no derivative.
+        TraceError: an operator has no derivative, or none of `wanted` has a gradient.
     """
     _Reverse(program, weight, wanted, torch.device(device)).run(samples, visitor, progress)
 
@@ -95,21 +95,23 @@ class _Reverse:
         names = program.bindings
         data = _reached(program, lambda node: node.name in program.inputs)
         self._varied = _reached(program, lambda node: names.get(node.name) in wanted)
+        (output,) = program.graph.find_nodes(op="output")
+        self._loss: fx.Node = output.args[0][0]
+        if self._loss not in self._varied:
+            raise _no_gradient()
         calls = [node for node in program.graph.nodes if node.op == "call_function"]
         # What depends on neither is the same for all samples and has no gradient.
         self._calls = [node for node in calls if node in data or node in self._varied]
         self._constants = [n for n in calls if n not in data and n not in self._varied]
         # A value at a border is read again on the way back, so no call may write into it.
         self._writes = any(_is_mutating(node) for node in calls)
-        (output,) = program.graph.find_nodes(op="output")
-        self._loss: fx.Node = output.args[0][0]
         self._segments = self._cut()
         self._shared: Values = {}
 
     def run(
         self, samples: Sequence[Mapping[str, Tensor]], visitor: GradientVisitor, progress: Progress
     ) -> None:
-        count = len(self._segments)
+        count, shown = len(self._segments), not samples
         with progress.task("gradients", total=len(samples) + count) as task:
             with torch.no_grad():
                 self._execute(self._constants, self._shared, {})
@@ -127,9 +129,12 @@ class _Reverse:
                     found = self._backward(segment, entering, sensitivity, leaves)
                     for name, gradient in found.items():
                         visitor.update(name, gradient)
+                    shown = shown or bool(found)
                 for name in segment.wanted:
                     visitor.finish(name)
                 task.advance()
+        if not shown:
+            raise _no_gradient()
 
     def _cut(self) -> list[_Segment]:
         """Cut where the repeated block changes, but never between two uses of one parameter."""
@@ -285,6 +290,13 @@ def _grad(
             where=source_line(segment.nodes[0]),
             fix="use a criterion without gradients, such as obs or wanda",
         ) from error
+
+
+def _no_gradient() -> TraceError:
+    return TraceError(
+        "the loss has no gradient in any weight that could go",
+        fix="return what follows from the model's output, without detach() or item()",
+    )
 
 
 def _reached(program: Program, start: Callable[[fx.Node], bool]) -> set[fx.Node]:

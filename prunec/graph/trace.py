@@ -91,13 +91,16 @@ def trace(model: nn.Module, example: Example) -> Program:
         example: inputs by name, or positional: a tensor or a sequence of tensors.
 
     Raises:
-        TraceError: if the model cannot be exported, with torch's reason.
+        TraceError: if the model cannot be exported, with torch's reason, or makes nothing of an
+            input that its forward does not name.
     """
     model = unwrapped(model)
     inputs = name_inputs(model, example)
     with torch.no_grad():
         exported = _export(model, _Positional(model, list(inputs)), inputs)
-    return _program(model, exported, inputs)
+    program = _program(model, exported, inputs)
+    _check_read(model, program)
+    return program
 
 
 def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> Program:
@@ -110,7 +113,7 @@ def trace_loss(model: nn.Module, loss: Loss, example: Mapping[str, Tensor]) -> P
         TraceError: the loss cannot be exported, or is no floating-point scalar.
     """
     with torch.enable_grad():  # so that the graph tells what the model computes without
-        exported = _export(model, _Scalar(model, list(example), loss), example)
+        exported = _export(model, _Scalar(model, list(example), loss), example, loss=True)
     program = _program(model, exported, example)
     (output,) = program.graph.find_nodes(op="output")
     result = output.args[0][0] if output.args[0] else None
@@ -179,7 +182,25 @@ def name_inputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
     return dict(zip(accepted, tensors, strict=False))
 
 
-def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+def _check_read(model: nn.Module, program: Program) -> None:
+    """Raises TraceError for an input that goes into ``**kwargs`` and from there nowhere.
+
+    Most often its name is misspelt, and the model then runs as if it were absent.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = program.inputs.get(node.name)
+        if name is not None and name not in accepted and not node.users:
+            raise TraceError(
+                f"{type(model).__name__} makes nothing of the input {name}",
+                so=f"its forward takes {', '.join(accepted)}",
+                fix="leave it out, or correct its name",
+            )
+
+
+def _export(
+    model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor], *, loss: bool = False
+) -> ExportedProgram:
     held = next((p.device for p in model.parameters() if not p.is_meta), None)
     arguments = tuple(value.to(held) for value in inputs.values())
     try:
@@ -189,13 +210,29 @@ def _export(model: nn.Module, wrapper: nn.Module, inputs: Mapping[str, Tensor]) 
             with _hushed():
                 return _without_vmap(torch.export.export(wrapper, arguments, strict=False))
     except Exception as error:  # export runs the model's own code, which may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        name = type(model).__name__
+        what = f"the loss of {name}" if loss else name
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: {reason[0]}",
+            f"{what} cannot be traced: {_reason(error)}",
             where=_model_line(error),
-            fix="export needs a forward without data-dependent Python control flow; check the "
-            "example inputs, or name another forward to trace (docs/rules.md, Forwards)",
+            fix=_LOSS_FIX.format(", ".join(inputs)) if loss else _FORWARD_FIX,
         ) from error
+
+
+_FORWARD_FIX = (
+    "export needs a forward without data-dependent Python control flow; check the "
+    "example inputs, or name another forward to trace (docs/rules.md, Forwards)"
+)
+_LOSS_FIX = "loss(model, inputs) calls the model and computes with torch; inputs hold {}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; of one that says a name alone, with its kind."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if isinstance(error, KeyError) else lines[0]
 
 
 @contextmanager

@@ -211,6 +211,10 @@ def test_bad_weights(tokenizer: Any, weight: str) -> None:
     assert "must be a positive number" in refusal(tokenizer, f"text.txt={weight}")
 
 
+def test_a_source_without_a_name(tokenizer: Any) -> None:
+    assert "a calibration source without a name" in refusal(tokenizer, "")
+
+
 def test_numbers_that_do_not_fit(text_file: Path, tokenizer: Any, model: Any) -> None:
     assert "no calibration source" in refusal(tokenizer)
     assert "does not divide 8 samples" in refusal(tokenizer, text_file, batch_size=3)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from prunec.calibration import Calibration, calibrate, collect
 from prunec.calibration.given import forward_inputs
-from prunec.errors import CalibrationError, ModelError
+from prunec.errors import CalibrationError, ModelError, TraceError
+from prunec.graph.trace import trace
 
 
 class TwoIn(nn.Module):
@@ -117,6 +118,23 @@ def test_labels_and_what_only_the_loss_reads() -> None:
     assert "forward takes x, mask" in str(caught.value)
     with pytest.raises(CalibrationError, match="missing a required argument: 'right'"):
         forward_inputs(TwoIn(), {"left": torch.ones(2)}, loss=True)
+
+
+class AllOptional(nn.Module):
+    def forward(self, x: Any = None, mask: Any = None, **rest: Any) -> Any:
+        return x
+
+
+def test_a_batch_of_labels_alone() -> None:
+    with pytest.raises(CalibrationError, match="a batch holds labels, and no input of AllOpt"):
+        forward_inputs(AllOptional(), {"labels": torch.ones(2)}, loss=False)
+
+
+def test_an_input_that_the_model_makes_nothing_of() -> None:
+    with pytest.raises(TraceError, match="AllOptional makes nothing of the input masks") as caught:
+        trace(AllOptional(), {"x": torch.ones(2, 3), "masks": torch.ones(2)})
+    assert "forward takes x, mask, rest" in str(caught.value)
+    trace(AllOptional(), {"x": torch.ones(2, 3), "mask": torch.ones(2)})
 
 
 LOADER = """

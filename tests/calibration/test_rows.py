@@ -139,6 +139,28 @@ def test_a_chat_is_what_the_template_writes(tmp_path: Path, chatty: Any) -> None
     assert encode(entries(spec, chatty)[0], chatty).prompt == 0
 
 
+def test_a_turn_holds_what_the_template_reads(tmp_path: Path, chatty: Any) -> None:
+    chatty.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls[0].name }}{% endif %};{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox"}]
+    turns = [
+        {"role": "user", "content": parts, "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "find"}]},
+        {"from": "tool", "value": "there"},
+    ]
+    spec = write(tmp_path / "c.jsonl", {"messages": turns})
+    assert entries(spec, chatty)[0].text == "user:a fox;assistant:find;tool:there;"
+
+
+def test_whatever_a_template_raises_is_one_message(tmp_path: Path, chatty: Any) -> None:
+    chatty.chat_template = "{{ messages[0].content + 1 }}"
+    spec = write(tmp_path / "c.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(CalibrationError, match="does not take this conversation: can only"):
+        entries(spec, chatty)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -170,6 +192,7 @@ def test_unusable_rows(tmp_path: Path, tokenizer: Any, content: str, reason: str
         ({"messages": [{"role": "user"}]}, "", "no speaker or no text"),
         ({"messages": [{"role": "broken", "content": "x"}]}, "", "no such role"),
         ({"messages": ["x"]}, "", "no speaker"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "", "no text"),
     ],
 )
 def test_unusable_fields(tmp_path: Path, chatty: Any, row: Any, field: str, reason: str) -> None:
@@ -209,6 +232,30 @@ def test_a_data_set_that_was_saved(tmp_path: Path, tokenizer: Any) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     got = drawn(f"hub:{tmp_path / 'saved'}", tokenizer)
     assert got.digest == drawn(write(tmp_path / "r.jsonl", *ROWS), tokenizer).digest
+
+
+def test_of_a_saved_data_set_only_what_it_has(tmp_path: Path, offline: Any, capfd: Any) -> None:
+    one = offline.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    offline.DatasetDict(train=one, valid=one.select(range(3))).save_to_disk(tmp_path / "two")
+    capfd.readouterr()
+    assert len(entries(f"hub:{tmp_path}/one")) == 40
+    assert len(entries(f"hub:{tmp_path}/two::valid")) == 3
+    for spec, held in (("one::test", "one split without a name"), ("two::test", "train, valid")):
+        with pytest.raises(CalibrationError, match=f"it was saved with {held}"):
+            entries(f"hub:{tmp_path}/{spec}")
+    with pytest.raises(CalibrationError, match="without subsets"):
+        entries(f"hub:{tmp_path}/two:de")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_data_set_says_why_it_cannot_be_read(tmp_path: Path, offline: Any, capfd: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text" "b"}\n')
+    with pytest.raises(CalibrationError, match="JSON parse error"):
+        entries(f"hub:{tmp_path}")
+    assert capfd.readouterr() == ("", "")
+    assert not offline.are_progress_bars_disabled()
 
 
 def test_a_data_set_that_cannot_be_fetched(

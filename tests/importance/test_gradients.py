@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +208,28 @@ def test_a_parameter_that_the_loss_ignores_has_zeros() -> None:
     coupled = trace_loss(model, energy, samples[0])
     zeros = gradient_statistics(coupled, samples, names, [("enter.weight", 0)])
     assert zeros[statistic_of("taylor_mixed", "enter.weight", 0)].shape == (6,)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda model, inputs: torch.tensor(1.0),
+        lambda model, inputs: inputs["x"].mean(),
+        lambda model, inputs: model(inputs["x"]).square().mean().detach(),
+        lambda model, inputs: torch.tensor(model(inputs["x"]).sum().item()),
+    ],
+)
+def test_a_loss_without_gradients_is_refused(loss: Any) -> None:
+    model, samples = Net(), samples_of()
+    program = trace_loss(model, loss, samples[0])
+    with pytest.raises(TraceError, match="no gradient in any weight"):
+        gradient_statistics(program, samples, ["taylor_vector"], [("enter.weight", 0)])
+
+
+def test_what_a_loss_raises_is_said_to_be_the_losss() -> None:
+    with pytest.raises(TraceError, match="the loss of Net cannot be traced: KeyError: 'z'") as e:
+        trace_loss(Net(), lambda model, inputs: inputs["z"].mean(), samples_of()[0])
+    assert "inputs hold x, y" in str(e.value)
 
 
 def test_a_loss_that_is_not_finite_names_the_sample() -> None:
