@@ -119,7 +119,8 @@ class Flops:
 
 
 class KvCache:
-    """Bytes that the keys and values of one token take in a cache, over all attentions.
+    """Bytes that the keys and values of one token take in a cache, over all attentions
+    of which a cache keeps them (`prunec.graph.attention`).
 
     Heads that only repeat a key (query heads of a KV group) are not cached.
     """
@@ -138,7 +139,8 @@ class KvCache:
         }
         if not self._cached:
             raise PlanError(
-                "no attention was found whose keys and values could be cached",
+                "this model keeps no cache of keys and values",
+                so="it has no attention in which tokens see none that come later",
                 fix="use another target: params=, flops=, memory= or latency=",
             )
 
