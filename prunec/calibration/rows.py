@@ -219,7 +219,8 @@ def _said(content: Any) -> str | None:
         part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
         for part in parts
     ]
-    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
+    said = [text for text in texts if isinstance(text, str)]
+    return "".join(said) if said and len(said) == len(texts) else None
 
 
 def encode(entry: Entry, tokenizer: Any) -> Sample:

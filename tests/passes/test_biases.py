@@ -146,6 +146,17 @@ def test_biases_are_delivered_and_reopen_without_prunec(make, tmp_path: Path) ->
     assert result.report.parameters[1] == counted
 
 
+@pytest.mark.parametrize("recipe", ["flap", "slimllm"])
+@pytest.mark.parametrize("target", ["params=72%", "memory=60%"])
+def test_fitted_biases_count_towards_a_target(recipe: str, target: str) -> None:
+    model = tiny_llama()
+    result = prunec.prune(model, recipe=recipe, target=target, calibration=batches())
+    dense, left = (sum(p.numel() for p in m.parameters()) for m in (model, result.model))
+    aim, size = result.report.aim, 4 if target.startswith("memory") else 1
+    assert aim["reached"] == left * size
+    assert abs(left / dense - float(target[-3:-1]) / 100) <= 0.005 * float(target[-3:-1]) / 100
+
+
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_slicing_equals_masking_with_biases_and_the_graph_is_the_module(make) -> None:
     result = prune(make())

@@ -13,7 +13,7 @@ from prunec.graph.branches import Branch
 from prunec.importance.problem import FloatArray
 from prunec.passes.sites import Site
 from prunec.passes.targets.constraints import Constraints
-from prunec.passes.targets.costs import Measure, Parameters
+from prunec.passes.targets.costs import Measure, Parameters, added_cost
 from prunec.passes.targets.goal import Goal, amount
 from prunec.passes.targets.room import Room
 
@@ -28,6 +28,8 @@ class Account:
         least, most: what the constraints force it, and allow it, to give.
         step: what the smallest step that the constraints allow gives.
         unit: what the smallest unit gives, whatever they allow.
+        added: what the biases cost that are fitted once it gives anything; `least` and `most` are
+            without it.
         branch: the residual branch that the site can leave out whole, if it can.
         branch_cost: what that gives.
     """
@@ -41,6 +43,7 @@ class Account:
     unit: float
     branch: Branch | None = None
     branch_cost: float = 0.0
+    added: float = 0.0
 
     @classmethod
     def of(
@@ -51,15 +54,17 @@ class Account:
         steps = {group.name: constraints.step(group) for group in site.groups}
         # Of a group whose size is no multiple, the odd units must go.
         forced = {g.name: g.size // steps[g.name] * steps[g.name] for g in site.groups}
-        most = min(cost - measure.at(site, floor), constraints.maximum * cost)
-        least = max(cost - measure.at(site, forced), constraints.minimum * cost)
+        added = added_cost(measure, site)
+        most = min(_net(cost - measure.at(site, floor), added), constraints.maximum * cost)
+        least = max(_net(cost - measure.at(site, forced), added), constraints.minimum * cost)
         gives = [
             cost - measure.at(site, {group.name: group.size - steps[group.name]})
             for group in site.groups
             if group.size - steps[group.name] >= floor[group.name]
         ]
         unit = min(cost - measure.at(site, {g.name: g.size - 1}) for g in site.groups)
-        return cls(site, held, cost, min(least, most), most, min(gives, default=0.0), unit)
+        step = min(gives, default=0.0)
+        return cls(site, held, cost, min(least, most), most, step, unit, added=added)
 
     @classmethod
     def protected(cls, site: Site, measure: Measure, sizes: Parameters) -> Account:
@@ -83,6 +88,11 @@ class Account:
             kinds=tuple(group.kind for group in self.site.groups),
             branch=0 if self.branch is None else round(sizes.branch(self.site, self.branch)),
         )
+
+
+def _net(given: float, added: float) -> float:
+    """What is gained by units, less the biases that are then fitted."""
+    return given - added if given else 0.0
 
 
 def _home(site: Site, blocks: Mapping[str, int]) -> str:
@@ -159,13 +169,11 @@ def whole_units(account: Account, measure: Measure, constraints: Constraints) ->
     kept = [
         range(constraints.least(group), group.size + 1, constraints.step(group)) for group in groups
     ]
-    given = np.array(
-        [
-            account.cost
-            - measure.at(account.site, {g.name: n for g, n in zip(groups, counts, strict=True)})
-            for counts in itertools.product(*kept)
-        ]
+    left = (
+        measure.at(account.site, {g.name: n for g, n in zip(groups, counts, strict=True)})
+        for counts in itertools.product(*kept)
     )
+    given = np.array([_net(account.cost - cost, account.added) for cost in left])
     slack = 1e-9 * account.cost
     bounded = given[(given >= account.least - slack) & (given <= account.most + slack)]
     return np.unique(bounded if len(bounded) else given)

@@ -86,7 +86,7 @@ class Budget:
     def limit(self, site: Site) -> int | None:
         """Parameters at which a curve has every point that could be chosen; None: at its end."""
         account = self._accounts[site.name]
-        asked = self._asked(site)
+        asked = self._asked(site) + account.added
         if len(self._totals_after.get(site.name, ())) > 1:
             return None  # which point it is depends on what the later ones can come to
         rounds = self.constraints.rounds(site.groups)
@@ -224,7 +224,12 @@ class Budget:
         return round(cost / account.cost * account.parameters) if account.cost else 0
 
     def _removed(self, account: Account, curve: RemovalCurve) -> FloatArray:
-        """Cost removed at every point of a curve, its beginning included."""
+        """Cost removed at every point of a curve, its beginning included, less fitted biases."""
+        removed = self._given(account, curve).astype(np.float64)
+        removed[1:] -= account.added
+        return removed
+
+    def _given(self, account: Account, curve: RemovalCurve) -> FloatArray:
         beside = self._beside(account.site)
         if self._counts_parameters(account.site) and not beside:
             return np.concatenate(([0.0], curve.parameters))

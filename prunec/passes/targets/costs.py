@@ -64,6 +64,10 @@ class Parameters:
         names = [name for name in branch.parameters if name in self._names]
         return parameter_count(self._coupling, self._fixed, names)
 
+    def added(self, site: Site) -> float:
+        names = [bias for weight, bias in _added(self._coupling, site) if weight in self._names]
+        return parameter_count(self._coupling, self._fixed, names)
+
     def counts_all(self, site: Site) -> bool:
         """Whether every parameter of a site counts."""
         return self._names.issuperset(site.parameters)
@@ -84,6 +88,9 @@ class Memory:
 
     def branch(self, site: Site, branch: Branch) -> float:
         return self._bytes(list(branch.parameters), {})
+
+    def added(self, site: Site) -> float:
+        return self._bytes([bias for _, bias in _added(self._coupling, site)], {})
 
     def _bytes(self, names: list[str], kept: Counts) -> int:
         layout, state = self._coupling.layout, self._coupling.program.state
@@ -185,6 +192,18 @@ def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None)
         "memory": Memory,
     }
     return made.get(kind, Parameters)(coupling, fixed)
+
+
+def added_cost(measure: Measure, site: Site) -> float:
+    """What biases cost that the model lacks and that are fitted where the site gives units."""
+    return measure.added(site) if isinstance(measure, Parameters | Memory) else 0.0
+
+
+def _added(coupling: CouplingGraph, site: Site) -> list[tuple[str, str]]:
+    """A site's weights and their biases, of those biases that the model lacks."""
+    readings = (reading for given in site.inputs for reading in given.readings)
+    added = coupling.program.added
+    return [(r.parameter, r.bias) for r in readings if r.bias is not None and r.bias in added]
 
 
 def by_dim(coupling: CouplingGraph, counts: UnitCounts) -> Counts:
