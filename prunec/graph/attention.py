@@ -130,7 +130,8 @@ def _without_products(program: Program, wanted: fx.Node) -> Tensor:
             todo += waiting
             continue
         else:
-            args, kwargs = (fx.map_arg(given, live.__getitem__) for given in (node.args, node.kwargs))
+            args = fx.map_arg(node.args, live.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, live.__getitem__)
             with torch.no_grad():
                 live[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         todo.pop()
