@@ -295,6 +295,22 @@ def test_bounds_hold_at_every_layer() -> None:
         assert 0.25 <= report.removed / report.parameters <= 0.4
 
 
+def test_bounds_with_no_whole_units_between_them_say_what_there_is() -> None:
+    for bounds, said in (((0.05, 0.1), "0.0% or 25.0%"), ((0.8, 1.0), "75.0%")):
+        with pytest.raises(PlanError, match="no whole units are between") as raised:
+            run(0.1, limits=Constraints(minimum=bounds[0], maximum=bounds[1]), units=["kv_group"])
+        assert raised.value.so == f"it can give {said}"
+
+
+def test_what_bounds_are_said_to_reach_is_reached() -> None:
+    """A quarter of the KV groups, though the bound is beyond that, in another measure too."""
+    limits = Constraints(maximum=0.4)
+    with pytest.raises(PlanError, match=r"at least 288 bytes a token \(75.00%\) are left"):
+        run("kv-cache=70%", limits=limits)
+    pruned, _ = run("kv-cache=288", limits=limits)
+    assert of_kind(pruned, "kv_group") == [3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("protect", "whole"),
     [
@@ -327,6 +343,8 @@ def test_a_tied_name_protects_its_weight() -> None:
         (lambda: Constraints(align=0), "align=0 is not possible"),
         (lambda: Constraints({"ffn_chanel": 8}), "no kind of unit"),
         (lambda: Constraints.from_dict({"minimum": "some"}), "minimum='some' is not possible"),
+        (lambda: Constraints.from_dict({"protect": 0.5}), "protect=0.5 is not possible"),
+        (lambda: Constraints.from_dict({"protect": ["0", None]}), "is not possible"),
         (lambda: Constraints.from_dict({"multiples": 3}), "did you mean 'multiple_of'"),
         (lambda: Constraints.from_dict([8]), "mapping of settings"),
         (lambda: run(0.3, limits=Constraints(protect=("7",))), "cannot protect block 7"),

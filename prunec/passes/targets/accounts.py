@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from prunec.graph.branches import Branch
 from prunec.importance.problem import FloatArray
 from prunec.passes.sites import Site
 from prunec.passes.targets.constraints import Constraints
-from prunec.passes.targets.costs import Measure, Parameters, added_cost
+from prunec.passes.targets.costs import Measure, Parameters, UnitCounts, added_cost
 from prunec.passes.targets.goal import Goal, amount
 from prunec.passes.targets.room import Room
 
@@ -49,14 +51,15 @@ class Account:
     def of(
         cls, site: Site, measure: Measure, sizes: Parameters, constraints: Constraints
     ) -> Account:
+        """Raises PlanError where no whole number of units lies within the constraints' bounds."""
         cost, held = measure.at(site, {}), round(sizes.at(site, {}))
         floor = {group.name: constraints.least(group) for group in site.groups}
         steps = {group.name: constraints.step(group) for group in site.groups}
-        # Of a group whose size is no multiple, the odd units must go.
-        forced = {g.name: g.size // steps[g.name] * steps[g.name] for g in site.groups}
         added = added_cost(measure, site)
-        most = min(_net(cost - measure.at(site, floor), added), constraints.maximum * cost)
-        least = max(_net(cost - measure.at(site, forced), added), constraints.minimum * cost)
+        bounds = [
+            _net(cost - measure.at(site, kept), added) for kept in _ends(site, sizes, constraints)
+        ]
+        least, most = min(bounds), max(bounds)
         gives = [
             cost - measure.at(site, {group.name: group.size - steps[group.name]})
             for group in site.groups
@@ -64,7 +67,7 @@ class Account:
         ]
         unit = min(cost - measure.at(site, {g.name: g.size - 1}) for g in site.groups)
         step = min(gives, default=0.0)
-        return cls(site, held, cost, min(least, most), most, step, unit, added=added)
+        return cls(site, held, cost, least, most, step, unit, added=added)
 
     @classmethod
     def protected(cls, site: Site, measure: Measure, sizes: Parameters) -> Account:
@@ -93,6 +96,49 @@ class Account:
 def _net(given: float, added: float) -> float:
     """What is gained by units, less the biases that are then fitted."""
     return given - added if given else 0.0
+
+
+def _ends(site: Site, sizes: Parameters, constraints: Constraints) -> list[UnitCounts]:
+    """The most and the fewest units that a site may keep; of several groups every such pair.
+
+    Raises:
+        PlanError: no whole number of units lies within the constraints' bounds.
+    """
+    counts = {group.name: constraints.counts(group) for group in site.groups}
+    if not all(counts.values()):
+        raise PlanError(
+            f"{site.name}: no numbers of units obey the constraints",
+            fix="loosen multiple_of or tensor_parallel, or protect this layer",
+        )
+    low, high = constraints.minimum, constraints.maximum
+    if (low, high) == (0, 1):
+        return [{name: allowed[end] for name, allowed in counts.items()} for end in (0, -1)]
+    *others, widest = sorted(counts, key=lambda name: len(counts[name]))
+    held, wide = sizes.at(site, {}), counts[widest]
+    least, most = constraints.bounds(held)
+    found: list[UnitCounts] = []
+    missed: list[float] = []
+    for beside in itertools.product(*(counts[name] for name in others)):
+        kept = dict(zip(others, beside, strict=True))
+        removed = partial(_removed, sizes, site, kept, widest)
+        first = bisect_left(wide, least, key=removed)
+        last = bisect_right(wide, most, key=removed) - 1
+        if first <= last:
+            found += [{**kept, widest: wide[first]}, {**kept, widest: wide[last]}]
+        missed += [removed(count) / held for count in wide[max(last, 0) : first + 1]]
+    if not found:
+        near = [max((part for part in missed if part < low), default=None)]
+        near += [min((part for part in missed if part > high), default=None)]
+        raise PlanError(
+            f"{site.name}: no whole units are between {low:.1%} and {high:.1%} of its parameters",
+            so=f"it can give {' or '.join(f'{part:.1%}' for part in near if part is not None)}",
+            fix="loosen the minimum or the maximum, or protect this layer",
+        )
+    return found
+
+
+def _removed(sizes: Parameters, site: Site, beside: UnitCounts, name: str, count: int) -> float:
+    return sizes.at(site, {}) - sizes.at(site, {**beside, name: count})
 
 
 def _home(site: Site, blocks: Mapping[str, int]) -> str:
@@ -166,17 +212,13 @@ def whole_units(account: Account, measure: Measure, constraints: Constraints) ->
     if account.most <= 0:
         return np.zeros(1)
     groups = account.site.groups
-    kept = [
-        range(constraints.least(group), group.size + 1, constraints.step(group)) for group in groups
-    ]
     left = (
         measure.at(account.site, {g.name: n for g, n in zip(groups, counts, strict=True)})
-        for counts in itertools.product(*kept)
+        for counts in itertools.product(*(constraints.counts(group) for group in groups))
     )
     given = np.array([_net(account.cost - cost, account.added) for cost in left])
     slack = 1e-9 * account.cost
-    bounded = given[(given >= account.least - slack) & (given <= account.most + slack)]
-    return np.unique(bounded if len(bounded) else given)
+    return np.unique(given[(given >= account.least - slack) & (given <= account.most + slack)])
 
 
 def totals_after(

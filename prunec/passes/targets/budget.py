@@ -120,8 +120,8 @@ class Budget:
         allowed = self.constraints.allowed(site, curve, account.parameters)
         if not allowed.any():
             raise PlanError(
-                f"{site.name}: no numbers of units obey the constraints",
-                fix="loosen multiple_of or tensor_parallel, or protect this layer",
+                f"{site.name}: as its units are ranked no numbers of them obey the constraints",
+                fix="loosen multiple_of, tensor_parallel or the bounds, or protect this layer",
             )
         removed = self._removed(account, curve)
         if site.name in self._totals_after:

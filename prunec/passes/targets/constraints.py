@@ -116,15 +116,16 @@ class Constraints:
         multiples = values.get("multiple_of", {})
         if not isinstance(multiples, Mapping):
             multiples = {"ffn_channel": multiples}
-        protect = values.get("protect", ())
-        if isinstance(protect, (str, int)):
-            protect = [name.strip() for name in str(protect).split(",")]
-        try:
-            return replace(
-                cls(), **values | {"multiple_of": multiples, "protect": tuple(map(str, protect))}
+        given = values.get("protect", ())
+        layers = given if isinstance(given, list | tuple) else [given]
+        if not all(type(layer) in (str, int) for layer in layers):
+            raise PlanError(
+                f"constraints: protect={given!r} is not possible",
+                where=where,
+                fix="give blocks by index and modules by path: [0, -1, model.layers.2.mlp]",
             )
-        except TypeError as error:
-            raise PlanError(f"not readable: {error}", where=where) from error
+        protect = tuple(name.strip() for layer in layers for name in str(layer).split(","))
+        return replace(cls(), **values | {"multiple_of": multiples, "protect": protect})
 
     def protected(self, blocks: Sequence[str], parameters: Mapping[str, str]) -> set[str]:
         """The canonical names of the parameters that stay whole.
@@ -198,6 +199,16 @@ class Constraints:
         step = self.step(group)
         return math.ceil(group.minimum / step) * step
 
+    def counts(self, group: Group) -> range:
+        """The numbers of units of a group that may stay, the largest first."""
+        step = self.step(group)
+        return range(group.size // step * step, self.least(group) - 1, -step)
+
+    def bounds(self, held: float) -> tuple[float, float]:
+        """Least and most that a layer of so many parameters gives, rounding of floats included."""
+        slack = 1e-9 * held
+        return self.minimum * held - slack, self.maximum * held + slack
+
     def wished(self, site: Site, curve: RemovalCurve) -> BoolArray:
         """Which points of a curve, its beginning included, have the numbers of units wished for."""
         return _multiples(site, curve, {group.name: self.wish(group) for group in site.groups})
@@ -210,13 +221,9 @@ class Constraints:
         """
         removed = np.concatenate(([0], curve.parameters))
         fine = _multiples(site, curve, {group.name: self.step(group) for group in site.groups})
-        slack = 1e-9 * held
-        bounded = (removed >= self.minimum * held - slack) & (
-            removed <= self.maximum * held + slack
-        )
-        # A layer too small to give something between its bounds keeps to the multiples alone.
-        both: BoolArray = fine & bounded
-        return both if both.any() else fine
+        least, most = self.bounds(held)
+        within: BoolArray = fine & (removed >= least) & (removed <= most)
+        return within
 
 
 def counts_along(site: Site, curve: RemovalCurve) -> dict[str, IntArray]:
