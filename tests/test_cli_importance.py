@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
+from prunec.api import score
 from prunec.cli.app import app
+from prunec.models import example_inputs
+from prunec.passes.recipe import Part
 
 FACTORY = """
 import torch
@@ -109,3 +114,29 @@ def test_scores_are_those_of_the_criterion_on_the_example(
 )
 def test_what_is_refused(arguments: tuple[str, ...], message: str) -> None:
     assert message in run(*arguments, code=2).output
+
+
+def test_units_are_scored_at_the_weight_that_reads_them() -> None:
+    """Beside a criterion that ranks by weights alone units that no weight sums over, too."""
+    config = T5Config(
+        vocab_size=20,
+        d_model=12,
+        d_kv=4,
+        d_ff=10,
+        num_layers=1,
+        num_heads=3,
+        tie_word_embeddings=True,
+    )
+    model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    part = Part("magnitude", {"aggregation": "last"})
+    example = example_inputs(model)
+    found = {g.group: g for g in score(model, importance=part, calibration=[example]).groups}
+    assert "hidden" in found
+    rows = model.encoder.block[0].layer[0].SelfAttention.o.weight.double().square().sum(0)
+    scores = found["encoder.block.0.layer.0.SelfAttention/head"].scores[0]
+    wanted = rows.reshape(3, 4).sum(1).numpy()
+    for unit in range(3):
+        assert math.isnan(scores[unit]) or scores[unit] == pytest.approx(wanted[unit])
+
+    masks = score(model, importance=Part("fisher", {"of": "masks"}), calibration=[example])
+    assert {group.group for group in masks.groups} == set(found)

@@ -26,8 +26,8 @@ class Fisher:
     ``weights``: ``1/2 sum_k f_k w_k^2`` over all weights that go, with f the mean over samples of
     the squared gradient of each sample's loss: optimal brain damage with the diagonal of the
     Fisher information. ``masks``: ``1/2 mean_n (sum_k w_k g_nk)^2`` over the weights that read the
-    unit, the Fisher information of a mask on it (Kwon et al., arXiv 2204.09656), which knows
-    that the weights of a unit go together.
+    unit (where none sums over it, the last matrix that has it), the Fisher information of a mask
+    on it (Kwon et al., arXiv 2204.09656), which knows that the weights of a unit go together.
 
     Attributes:
         of: ``weights`` or ``masks``.
@@ -62,18 +62,36 @@ class Fisher:
 
 
 def _mask_scorer(problem: SiteProblem, statistics: Mapping[str, Tensor]) -> Scorer:
-    if not problem.readers:
-        raise PlanError("fisher of masks needs the weight that reads the units", where=problem.name)
+    reading = {unit_set.group: _reading(problem, unit_set) for unit_set in problem.unit_sets}
     dots = {
-        axis: to_array(statistics[statistic_of("mask_grad", *axis)]) for axis in problem.readers
+        axis: to_array(statistics[statistic_of("mask_grad", *axis)])
+        for axes in reading.values()
+        for axis in axes
     }
 
     def score(unit_set: UnitSet, survivors: Survivors) -> FloatArray:
         by_unit = [
-            np.where(survivors.positions[axis], found, 0.0)[:, unit_set.positions[axis]].sum(axis=3)
-            for axis, found in dots.items()
-            if axis in unit_set.positions
+            np.where(survivors.positions[axis], dots[axis], 0.0)[:, unit_set.positions[axis]].sum(3)
+            for axis in reading[unit_set.group]
         ]
         return np.asarray(0.5 * np.square(np.sum(by_unit, axis=0)).mean(axis=0))
 
     return score
+
+
+def _reading(problem: SiteProblem, unit_set: UnitSet) -> list[Axis]:
+    """The weights that read the units; where none sums over them, the last matrix that has them.
+
+    Raises:
+        PlanError: there is none.
+    """
+    held = unit_set.positions
+    matrices = [axis for axis in held if problem.parameters[axis[0]].ndim > 1]
+    found = [axis for axis in problem.readers if axis in held] or matrices[-1:]
+    if not found:
+        raise PlanError(
+            f"fisher of masks needs a weight that reads the units of {unit_set.group}",
+            where=problem.name,
+            fix="use importance.of=weights",
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from prunec.importance.influence import DepthCriterion
 from prunec.passes.compensation.closed_form import NoCompensation
 from prunec.passes.recipe import Part
 from prunec.passes.setup import Setup
-from prunec.passes.sites import find_sites
+from prunec.passes.sites import Site, find_sites
 from prunec.passes.slice import Weights
 from prunec.passes.statistics.dense import GroupScores, dense_sites, score_groups
 from prunec.passes.statistics.prior import prior_statistics, reads_no_input
@@ -82,8 +82,7 @@ def score(
     batches = model_inputs(model, data, loss)
     with progress.task("trace the model"):
         coupling = couple(trace(model, batches[0]))
-    kinds, by_weight = {group.kind for group in coupling.groups}, reads_no_input(criterion)
-    sites, _ = find_sites(coupling, kinds, by_weight=by_weight)
+    sites = _sites(coupling, by_weight=reads_no_input(criterion))
     names = criterion.statistics
     prior = prior_statistics(model, sites, names, data.batches, loss=loss, progress=progress)
     setup = Setup(
@@ -102,3 +101,15 @@ def score(
         for group in score_groups(site, problem, criterion, statistics)
     ]
     return Scored(coupling, tuple(scored), data.to_json())
+
+
+def _sites(coupling: CouplingGraph, *, by_weight: bool) -> list[Site]:
+    """Where each group is scored: at the weight that reads it, else, if they do, by its weights."""
+    kinds = {group.kind for group in coupling.groups}
+    sites, skipped = find_sites(coupling, kinds)
+    if not by_weight:
+        return sites
+    unread = {item.group for item in skipped}
+    whole, _ = find_sites(coupling, kinds, by_weight=True)
+    apart = [replace(s, groups=tuple(g for g in s.groups if g.name in unread)) for s in whole]
+    return [site for site in apart if site.groups] + sites
