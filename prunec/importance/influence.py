@@ -131,9 +131,19 @@ class _Similarities(fx.Interpreter):
         return value
 
     def _cosines(self, before: Tensor, after: Tensor, node: fx.Node) -> Tensor:
-        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosines = token_cosines(before, after)
         real = self._padding.real_tokens(0, node, after)
         return cosines.flatten() if real is None else cosines[real]
+
+
+def token_cosines(before: Tensor, after: Tensor) -> Tensor:
+    """Cosines between the features, the last axis, of the same tokens: over the axes of `after`.
+
+    Samples and tokens may be two axes of the one and, as some layers have it, one of the other.
+    """
+    if before.ndim != after.ndim:
+        before = before.reshape(after.shape)
+    return F.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
 def _outputs(program: Program, batches: Batches) -> Iterator[Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunec.errors import PlanError
+from prunec.models.generation import generates
 
 _IGNORED = -100
 """The label of a token that does not count: what PyTorch's cross entropy leaves out."""
@@ -39,7 +41,8 @@ def loss_samples(
             an encoder-decoder, the token that follows each of ``decoder_input_ids``.
 
     Raises:
-        PlanError: labels are needed and the model takes none, or there are no tokens.
+        PlanError: labels are needed and the model takes none, or learns something else than
+            tokens, or there are no tokens.
     """
     samples = [sample for batch in batches for sample in _rows(batch)]
     if not labels:
@@ -63,6 +66,12 @@ def _rows(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def _labels(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
     if "labels" in sample:
         return sample["labels"]
+    if not _learns_tokens(model):
+        raise PlanError(
+            f"the calibration has no labels, and {type(model).__name__} does not learn its tokens",
+            so="the loss would be of nothing",
+            fix="give rows with a label, batches with labels, or a loss of your own",
+        )
     if "decoder_input_ids" in sample:
         given = _unpadded(sample["decoder_input_ids"], sample.get("decoder_attention_mask"))
         return torch.cat((given[:, 1:], torch.full_like(given[:, :1], _IGNORED)), dim=1)
@@ -73,6 +82,12 @@ def _labels(model: nn.Module, sample: Mapping[str, Tensor]) -> Tensor:
             fix="put labels into each batch, or give loss=callable",
         )
     return _unpadded(tokens, sample.get("attention_mask"))
+
+
+def _learns_tokens(model: Any) -> bool:
+    """Whether a model's loss is of tokens: of a transformers model that has a head for them."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is None or head() is not None or generates(model)
 
 
 def _unpadded(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from sites import attention, channels
 from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification
 
 from prunec.errors import PlanError, TraceError, VerifyError
 from prunec.graph import backward
@@ -288,6 +289,14 @@ def test_labels_of_a_decoder_are_the_tokens_that_follow() -> None:
     batch = {"input_ids": ids, "decoder_input_ids": ids + 5}
     (sample,) = loss_samples(Takes(), [batch], labels=True)
     assert sample["labels"].tolist() == [[6, 7, 8, -100]]
+
+
+def test_tokens_are_no_labels_of_a_model_that_learns_something_else() -> None:
+    judge = LlamaForSequenceClassification(tiny_llama().config)  # one number a text: a reward
+    with pytest.raises(PlanError, match="no labels, and LlamaForSequenceClassification does not"):
+        loss_samples(judge, text_batches(1), labels=True)
+    labelled = {**text_batches(1)[0], "labels": torch.ones(2)}
+    assert len(loss_samples(judge, [labelled], labels=True)) == 2
 
 
 def test_a_model_without_a_loss_says_what_to_do() -> None:

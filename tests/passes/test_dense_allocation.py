@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VOCABULARY, tiny_llama
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from prunec.errors import PlanError
 from prunec.graph.coupling import couple
@@ -49,19 +49,37 @@ def bert() -> BertForMaskedLM:
     return BertForMaskedLM(config).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("family", ["pre-norm", "post-norm"])
+@cache
+def opt() -> OPTForCausalLM:
+    """Its layers add up samples and tokens as one axis."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=32,
+        init_std=0.2,
+    )
+    return OPTForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["pre-norm", "post-norm", "flat"])
 def test_similarity_is_that_of_the_hidden_states(family: str) -> None:
     """Block boundaries come from the graph; the model's own hidden states are the reference."""
-    model = tiny_llama() if family == "pre-norm" else bert()
+    model = {"pre-norm": tiny_llama, "post-norm": bert, "flat": opt}[family]()
     coupling = couple(trace(model, batches()[0]))
     setup = Setup(coupling, [], None, None, batches(), Weights(coupling))
     found = list(DenseSurvey(setup).similarities.values())
     sums, tokens = np.zeros(len(found)), 0
     for batch in batches():
         states = list(model(**batch, output_hidden_states=True).hidden_states)
-        if family == "pre-norm":
+        if family != "post-norm":
             # Its last hidden state is behind the final norm: take the block's own.
-            block = model.model.layers[-1]
+            inner = model.model
+            block = (inner.decoder if family == "flat" else inner).layers[-1]
             hook = block.register_forward_hook(lambda m, a, out: m.__dict__.update(seen=out))
             model(**batch)
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,10 @@ from prunec.errors import PlanError
 from prunec.graph.cost import flops, parameter_count
 from prunec.graph.coupling import CouplingGraph, couple
 from prunec.graph.trace import trace
+from prunec.importance.magnitude import Magnitude
+from prunec.passes.allocation.context import Context
 from prunec.passes.allocation.survey import DenseSurvey
+from prunec.passes.compensation.closed_form import NoCompensation
 from prunec.passes.prune import Pruned, prune_sites
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.setup import Setup
@@ -105,6 +109,30 @@ def test_flops_left_by_every_allocation(part: float, allocation: str) -> None:
     assert flops(coupled(), pruned.selection.counts) == pytest.approx(
         part * flops(coupled()), rel=0.005
     )
+
+
+@dataclass(frozen=True)
+class _FirstOfAll:
+    """Asks the first site for nearly all."""
+
+    needs_data = False
+
+    def shares(self, context: Context) -> Mapping[str, float]:
+        first, *others = context.rooms
+        return {first.site: 1.0, **{room.site: 1e-3 for room in others}}
+
+
+def test_what_nobody_could_give_back_is_not_removed() -> None:
+    """1.6 KV groups are asked of the first site: the nearest, two, would go beyond the target."""
+    coupling = coupled()
+    goal = Goal.on(coupling, Target.parse(f"params={parameter_count(coupling) - 1229}"))
+    sites, _ = find_sites(coupling, ["kv_group", "ffn_channel"])
+    setup = Setup(coupling, sites, Magnitude(), NoCompensation(), batches(), Weights(coupling))
+    budget = block_budget(coupling, sites, _FirstOfAll(), goal)
+    pruned = prune_sites(setup, budget)
+    left = parameter_count(coupling, pruned.selection.counts)
+    assert of_kind(pruned, "kv_group")[0] == 3
+    assert left == pytest.approx(parameter_count(coupling) - 1229, rel=0.005)
 
 
 def test_memory_left_is_the_bytes_of_the_parameters() -> None:

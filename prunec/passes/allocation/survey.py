@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from prunec.errors import PlanError
 from prunec.graph.residual import passages
 from prunec.importance.blocks import joined
 from prunec.importance.curves import RemovalCurve
+from prunec.importance.influence import token_cosines
 from prunec.passes.allocation.trials import DenseTrials, split
 from prunec.passes.distributed import processes
 from prunec.passes.setup import Setup
@@ -64,9 +64,7 @@ class DenseSurvey:
                     real = stream.real_tokens(batch, value, x)
                     for block, passage in along.items():
                         if passage.leaves is value:
-                            cosine = F.cosine_similarity(
-                                open_inputs[block][batch].float(), x.float(), dim=-1
-                            )
+                            cosine = token_cosines(open_inputs[block][batch], x)
                             cosine = cosine.flatten() if real is None else cosine[real]
                             sums[block] += float(cosine.sum(dtype=torch.float64))
                             tokens[block] += cosine.numel()

@@ -57,6 +57,7 @@ class Budget:
         self._totals_after = (
             totals_after(ordered, goal, constraints, self._left_out) if apart else {}
         )
+        self._after = _bounds_after(ordered, self._left_out)
         # A curve goes through some of the numbers of two groups: which, is known when it is there.
         single = all(len(a.site.groups) == 1 or a.most <= 0 for a in accounts.values())
         self._looks_ahead = single and self._totals_after.keys() == accounts.keys()
@@ -124,8 +125,8 @@ class Budget:
                 fix="loosen multiple_of, tensor_parallel or the bounds, or protect this layer",
             )
         removed = self._removed(account, curve)
-        if site.name in self._totals_after:
-            allowed[allowed] = self._can_be_met(site, removed[allowed])
+        near = self._can_be_met if site.name in self._totals_after else self._in_reach
+        allowed[allowed] = near(site, removed[allowed])
         away = np.where(allowed, np.abs(removed - asked), np.inf)
         wished = np.where(self.constraints.wished(site, curve), away, np.inf)
         steps = int(np.argmin(wished if wished.min() <= self.goal.tolerance else away))
@@ -144,6 +145,17 @@ class Budget:
         above = np.abs(totals[np.minimum(after, len(totals) - 1)] - left)
         below = np.abs(totals[np.maximum(after - 1, 0)] - left)
         miss = np.minimum(above, below)
+        near: BoolArray = miss <= max(self._slack, float(miss.min()) * (1 + 1e-9))
+        return near
+
+    def _in_reach(self, site: Site, removed: FloatArray) -> BoolArray:
+        """Of what the site may remove, that of which the later ones can make up the rest.
+
+        None of them gives back what went beyond the target. Where nothing does: what comes nearest.
+        """
+        least, most = self._after[site.name]
+        left = self.goal.remove - self.removed - removed
+        miss = np.maximum(np.maximum(least - left, left - most), 0.0)
         near: BoolArray = miss <= max(self._slack, float(miss.min()) * (1 + 1e-9))
         return near
 
@@ -255,3 +267,16 @@ class Budget:
             and group.name not in own
             and any(member.parameter in held for member in group.members)
         }
+
+
+def _bounds_after(
+    accounts: Mapping[str, Account], left_out: Collection[str]
+) -> dict[str, tuple[float, float]]:
+    """What the sites after each one give at least and at most; accounts in the order of pruning."""
+    least = most = 0.0
+    found: dict[str, tuple[float, float]] = {}
+    for name, account in reversed(list(accounts.items())):
+        found[name] = least, most
+        least += account.branch_cost if name in left_out else account.least
+        most += account.branch_cost if name in left_out else account.most
+    return found

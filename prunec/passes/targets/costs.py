@@ -201,9 +201,11 @@ def added_cost(measure: Measure, site: Site) -> float:
 
 def _added(coupling: CouplingGraph, site: Site) -> list[tuple[str, str]]:
     """A site's weights and their biases, of those biases that the model lacks."""
+    if not site.takes_bias:
+        return []
     readings = (reading for given in site.inputs for reading in given.readings)
-    added = coupling.program.added
-    return [(r.parameter, r.bias) for r in readings if r.bias is not None and r.bias in added]
+    biases = {r.parameter: r.bias for r in readings if r.bias is not None}
+    return [(name, bias) for name, bias in biases.items() if bias in coupling.program.added]
 
 
 def by_dim(coupling: CouplingGraph, counts: UnitCounts) -> Counts:
