@@ -21,6 +21,8 @@ from prunec.registry import nearest
 from prunec.settings import read_settings
 
 Scalar = str | int | float | bool | None
+Implied = tuple[type, Mapping[str, type]]
+"""The Protocol that plug-ins of a group implement, and by method what comes back."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class Part:
         inner = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.name}{{{inner}}}" if inner else self.name
 
-    def build(self, group: str) -> Any:
+    def build(self, group: str, implied: Implied | None = None) -> Any:
         """The plug-in with these options.
 
+        Args:
+            implied: what it implements, of a group that none of a recipe's parts is of.
+
         Raises:
-            PluginError: no plug-in of that name, or one that is no dataclass.
+            PluginError: no plug-in of that name, one that is no dataclass, or one that lacks what
+                the group needs.
             PlanError: an option it does not have (the nearest is named) or does not accept.
         """
         made = registry.plugin(group, self.name)
@@ -59,6 +65,9 @@ class Part:
         for key, value in self.options.items():
             if (wanted := _refused(value, hints.get(key))) is not None:
                 raise PlanError(f"{group} {self.name}: {key}={value!r} is not possible", fix=wanted)
+        if made.__module__.partition(".")[0] != "prunec":
+            called = f"the {group} plug-in {self.name!r}"
+            made = registry.guarded(made, called, *(implied or _implied(group, made)))
         try:
             return made(**self.options)
         except TypeError as error:
@@ -254,6 +263,26 @@ def _changed(part: Part, option: str, value: Any) -> Part:
     if option:
         return Part(part.name, {**part.options, option: value})
     return part if value == part.name else Part(str(value), {})
+
+
+def _implied(group: str, made: type) -> Implied:
+    """What a plug-in of a group implements, and what its methods return."""
+    from prunec.importance.curves import Criterion, RemovalCurve
+    from prunec.importance.influence import DepthCriterion
+    from prunec.passes.allocation.uniform import Allocation
+    from prunec.passes.compensation.closed_form import Compensation, Mended
+    from prunec.passes.decision import Pass
+    from prunec.passes.plan import Plan
+
+    if group == "importance" and hasattr(made, "removals"):
+        return DepthCriterion, {}
+    table: Mapping[str, Implied] = {
+        "importance": (Criterion, {"rank": RemovalCurve}),
+        "allocation": (Allocation, {"shares": Mapping}),
+        "compensation": (Compensation, {"compensate": Mended}),
+        "passes": (Pass, {"plan": Plan}),
+    }
+    return table[group]
 
 
 def _hints(made: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from prunec.codegen.exporters.llama_graph import Layer, llama_graph
 from prunec.codegen.exporters.padded import solve
 from prunec.codegen.exporters.source import ModelDirectory
 from prunec.codegen.load import load
-from prunec.errors import ExportError, ModelError, PluginError, VerifyError
+from prunec.errors import ExportError, ModelError, PlanError, PluginError, VerifyError
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_bad_requests(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         prunec.export(tmp_path, "pt2", tmp_path / "out")
     with pytest.raises(ExportError, match="no GGUF type 'q2'"):
         prunec.export(folder / "llama", "gguf", tmp_path / "a.gguf", settings={"type": "q2"})
-    with pytest.raises(ExportError, match="gguf has no setting 'kind'"):
+    with pytest.raises(PlanError, match="exporters gguf has no option 'kind'"):
         prunec.export(folder / "llama", "gguf", tmp_path / "a.gguf", settings={"kind": "q2"})
     (tmp_path / "taken.gguf").write_text("mine")
     with pytest.raises(ExportError, match="exists"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -13,7 +13,7 @@ from prunec.codegen.exporters.source import ModelDirectory
 from prunec.errors import ExportError
 from prunec.events import Progress, silent
 from prunec.models.quiet import quiet
-from prunec.registry import plugin
+from prunec.passes.recipe import Part
 
 # that OUT must not have by mistake
 _SUFFIXES = frozenset({".pt2", ".onnx", ".gguf", ".py", ".safetensors", ".json"})
@@ -109,7 +109,8 @@ def export(
         overwrite: replace `out`, once the new one is proven.
 
     Raises:
-        PluginError: no such exporter.
+        PluginError: no such exporter, or one that fails.
+        PlanError: no such setting of it.
         ModelError: `directory` cannot be opened.
         ExportError: the form cannot hold the model, or `out` cannot be written.
         VerifyError: the file is not the model; nothing is delivered.
@@ -141,14 +142,8 @@ def export(
 
 
 def _exporter(name: str, settings: Mapping[str, Any]) -> Exporter:
-    made = plugin("exporters", name)
-    known = [field.name for field in fields(made)]
-    for key in settings:
-        if key not in known:
-            raise ExportError(
-                f"{name} has no setting {key!r}", fix=f"it has: {', '.join(known) or 'none'}"
-            )
-    return cast(Exporter, made(**settings))
+    returns = {"can_express": Sequence, "write": Sequence, "check": Finding}
+    return cast(Exporter, Part(name, settings).build("exporters", (Exporter, returns)))
 
 
 def _check_apart(directory: Path, out: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
+from typing import Any
 
 from prunec.errors import PlanError
 from prunec.graph.coupling import CouplingGraph
@@ -143,11 +146,26 @@ class Question:
             self, goal=self.goal.narrowed(self.coupling, narrowed.counts), narrowed=narrowed
         )
 
+    def _check(self, shares: Mapping[str, Any]) -> None:
+        """Raises PlanError for shares that are none, or of sites that the model does not have."""
+        for name, share in shares.items():
+            if name not in self.accounts:
+                raise PlanError(
+                    f"the allocation gives a share to {name!r}, which is no site",
+                    fix=f"give shares to those of context.rooms: {next(iter(self.accounts))}, ...",
+                )
+            if not (isinstance(share, Real) and math.isfinite(share)):
+                raise PlanError(
+                    f"the allocation gives {name} a share of {share!r}",
+                    fix="a number of parameters",
+                )
+
     def budget(self, shares: Mapping[str, float]) -> Budget:
         """The budget of shares, the part of the stream that is kept perhaps among them."""
         if HIDDEN in shares:
             others = {name: share for name, share in shares.items() if name != HIDDEN}
             return self._narrower(shares[HIDDEN]).budget(others)
+        self._check(shares)
         left_out = {room.site for room in self.rooms if room.left_out(shares.get(room.site, 0.0))}
         gone = {name: self.accounts[name].branch_cost for name in left_out}
         wants = {
