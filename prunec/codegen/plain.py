@@ -129,7 +129,16 @@ def _save_weights(model: nn.Module, path: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def _accept(model: nn.Module, folder: Path, traced: Traced) -> str:
-    found = outputs("pt2", folder / PROGRAM, traced.cases, hidden=("prunec", "transformers"))
+    try:
+        found = outputs("pt2", folder / PROGRAM, traced.cases, hidden=("prunec", "transformers"))
+    except VerifyError as error:
+        if own := _operators_of_others(traced):
+            raise VerifyError(
+                f"torch alone does not run {PROGRAM}: it does not have {', '.join(own)}",
+                so="nothing was delivered",
+                fix="write that in operators of torch, or stay in Python: prunec.prune(...).model",
+            ) from error
+        raise
     for name, inputs in traced.cases.items():
         gap = difference([found[name]], results(model, inputs)[:1])
         if not gap <= tolerance(model):
@@ -139,6 +148,13 @@ def _accept(model: nn.Module, folder: Path, traced: Traced) -> str:
                 so="nothing was delivered",
             )
     return f"{PROGRAM} in a fresh process equals the module: {', '.join(traced.cases)}"
+
+
+def _operators_of_others(traced: Traced) -> list[str]:
+    """The operators that some package, not torch, has registered, as far as their names tell."""
+    calls = (node.target for node in traced.program.graph.nodes if node.op == "call_function")
+    names = {target.name() for target in calls if isinstance(target, torch._ops.OpOverload)}
+    return sorted(name for name in names if name.partition("::")[0] not in ("aten", "prims"))
 
 
 def _tables(shrunk: Shrunk | None) -> dict[str, Any]:
