@@ -153,7 +153,9 @@ def _accept(model: nn.Module, folder: Path, traced: Traced) -> str:
 def _operators_of_others(traced: Traced) -> list[str]:
     """The operators that some package, not torch, has registered, as far as their names tell."""
     calls = (node.target for node in traced.program.graph.nodes if node.op == "call_function")
-    names = {target.name() for target in calls if isinstance(target, torch._ops.OpOverload)}
+    names = {
+        str(target._schema.name) for target in calls if isinstance(target, torch._ops.OpOverload)
+    }
     return sorted(name for name in names if name.partition("::")[0] not in ("aten", "prims"))
 
 
