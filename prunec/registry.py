@@ -49,7 +49,13 @@ def plugin(group: str, name: str) -> Any:
     declared = _declared(group)
     if name not in declared:
         raise PluginError(f"no {group} named {name!r}", fix=nearest(name, sorted(declared)))
-    entry = declared[name]
+    entry, *others = declared[name]
+    if others:
+        raise PluginError(
+            f"two {group} plug-ins are named {name!r}",
+            where=" and ".join(f"{_package(e)} ({e.value})" for e in declared[name][:2]),
+            fix="uninstall one of them",
+        )
     try:
         return entry.load()
     except Exception as error:
@@ -146,19 +152,16 @@ def _telling(own: Callable[..., Any], called: str, returned: type) -> Callable[.
 
 
 @cache
-def _declared(group: str) -> dict[str, EntryPoint]:
+def _declared(group: str) -> dict[str, list[EntryPoint]]:
+    """By name what is declared: more than one, where packages contradict each other."""
     if group not in GROUPS:
         raise PluginError(f"no plug-in group named {group!r}", fix=nearest(group, list(GROUPS)))
-    found: dict[str, EntryPoint] = {}
+    found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=f"prunec.{group}"):
-        other = found.setdefault(entry.name, entry)
+        held = found.setdefault(entry.name, [])
         # The same package can be on the path twice (a checkout and its install): same value.
-        if other.value != entry.value:
-            raise PluginError(
-                f"two {group} plug-ins are named {entry.name!r}",
-                where=f"{_package(other)} ({other.value}) and {_package(entry)} ({entry.value})",
-                fix="uninstall one of them",
-            )
+        if all(entry.value != other.value for other in held):
+            held.append(entry)
     return found
 
 

@@ -114,3 +114,4 @@ def test_a_plug_in_that_is_no_dataclass_is_one_message(install) -> None:
 def test_two_packages_with_one_name_are_an_error(install) -> None:
     install("mine", "obs", "collections:Counter")
     assert "two importance plug-ins are named 'obs'" in message("importance", "obs")
+    assert registry.plugin("importance", "wanda").__name__ == "Wanda"
