@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
+from tiny_readers import t5
 from torch import Tensor, nn
 
 import prunec
@@ -165,6 +166,25 @@ def test_llm_pruner_channel_delivers_a_smaller_hidden_size(tmp_path: Path, tied:
     (group,) = [g for g in result.plan.groups if g.endswith("hidden")]
     index = torch.tensor(result.plan.groups[group].rows[()])
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight[:, index])
+
+
+def test_llm_pruner_channel_of_an_encoder_decoder() -> None:
+    """Its graph tells the logits alone, at source and target lengths that differ."""
+    model, ids = t5(), torch.arange(2, 34).reshape(2, 16)
+    batch = {"input_ids": ids[:, :9], "decoder_input_ids": ids[:, 9:], "labels": ids[:, 9:]}
+    result = prunec.prune(
+        model, recipe="llm-pruner", ratio=0.25, calibration=[batch], settings={"mode": "channel"}
+    )
+    assert result.model.shared.embedding_dim < model.shared.embedding_dim
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    again = result.model(**inputs).logits
+    torch.testing.assert_close(result.program.run(**inputs), again, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stream_is_not_searched_beside_biases_that_the_model_lacks() -> None:
+    settings = {"allocation.hidden": True, "compensation": "bias"}
+    with pytest.raises(PlanError, match="narrowed beside biases that the model lacks"):
+        prunec.prune(tiny(), recipe="auto", ratio=0.3, calibration=data(), settings=settings)
 
 
 def test_single_branches_and_width_together_and_once_more(tmp_path: Path) -> None:

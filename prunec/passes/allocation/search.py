@@ -116,7 +116,16 @@ class Search:
             raise PlanError(f"search: seed {self.seed} is not possible", fix="use 0 or more")
 
     def shares(self, context: Context) -> Mapping[str, float]:
-        """The best shares that were tried."""
+        """The best shares that were tried.
+
+        Raises:
+            PlanError: the stream is to be narrowed beside biases that the model lacks.
+        """
+        if self.hidden and context.narrower is None:
+            raise PlanError(
+                "search: the stream cannot be narrowed beside biases that the model lacks",
+                fix="use compensation=obs, or compensation.bias=false",
+            )
         end = inf if self.minutes is None else time.monotonic() + 60 * self.minutes
         trials = context.seen("search").trials(
             fit_tokens=self.fit_tokens,

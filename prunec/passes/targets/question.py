@@ -132,7 +132,8 @@ class Question:
                 so="what goes with it lies in other blocks, or in none",
                 fix="lower the target, or ask for parameters of the whole model: params=80%",
             )
-        narrower = None if self.narrowed else self.narrower
+        fitted = bool(self.coupling.program.added)
+        narrower = None if self.narrowed or fitted else self.narrower
         return Context(ratio, held, rooms, self.survey, self.budget, narrower)
 
     def narrower(self, part: float) -> Context:
