@@ -222,8 +222,9 @@ def test_the_costs_of_the_sites_add_up_to_the_change_of_the_whole() -> None:
 
 def test_latency_is_measured_and_a_smaller_site_is_no_dearer() -> None:
     measure = LatencyMeasure(coupled())
-    (site, *_) = find_sites(coupled(), ("ffn_channel",))[0]
-    name = site.groups[0].name
+    sites, _ = find_sites(coupled(), ("ffn_channel",))
+    (site, *_), name = sites, sites[0].groups[0].name
+    assert sum(measure.at(site, {}) for site in sites) < measure.whole()
     assert 0 < measure.at(site, {name: 8}) < 2 * measure.at(site, {name: 96})
     assert measure.at(site, {name: 50}) == measure.at(site, {name: 50})
     pruned, _ = run(0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from prunec.graph.coupling import CouplingGraph
 from prunec.graph.program import Program
 from prunec.graph.resize import resized_call
 from prunec.graph.selection import Keep, Selection
+from prunec.importance.problem import FloatArray
 from prunec.passes.sites import Site
 
 _WIDTHS = 6
@@ -28,13 +29,19 @@ class LatencyMeasure:
 
     Every call that carries a site's units is timed at six widths of a single group, or at each
     numbers of units that are asked for where several groups share the site; between widths the
-    time is interpolated. Calls of equal shapes are timed once.
+    time is interpolated. Calls of equal shapes are timed once. What counts is the part of its
+    dense time that a call takes, of the time that it has in a whole pass: alone, it finds its
+    weights in the processor's cache.
     """
 
     def __init__(self, coupling: CouplingGraph):
         self._coupling = coupling
         self._times: dict[object, float] = {}
         self._tables: dict[str, tuple[list[int], list[float]]] = {}
+
+    @cached_property
+    def _dense(self) -> Mapping[fx.Node, float]:
+        return call_seconds(self._coupling.program)
 
     def whole(self) -> float:
         """Raises PlanError for a model without weights."""
@@ -43,7 +50,7 @@ class LatencyMeasure:
                 "latency is measured, and a model without weights does not run",
                 fix="use another target, or leave out --dry-run",
             )
-        return forward_seconds(self._coupling.program)
+        return sum(self._dense.values())
 
     def at(self, site: Site, counts: Mapping[str, int]) -> float:
         full = {group.name: group.size for group in site.groups} | dict(counts)
@@ -65,9 +72,12 @@ class LatencyMeasure:
         selection = Selection(
             {group.dim: Keep(np.arange(group.size) < counts[group.name]) for group in site.groups}
         )
-        return sum(self._call(node, selection) for node in _calls(self._coupling, site))
+        return sum(
+            self._dense[node] * self._alone(node, selection) / self._alone(node, Selection())
+            for node in _calls(self._coupling, site)
+        )
 
-    def _call(self, node: fx.Node, selection: Selection) -> float:
+    def _alone(self, node: fx.Node, selection: Selection) -> float:
         call = resized_call(node, self._coupling.layout, selection)
         sources = list(node.all_input_nodes)
         shapes = {n: self._shape(n, selection) for n in sources}
@@ -109,28 +119,59 @@ def _stand_in(node: fx.Node, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape, dtype=val.dtype)
 
 
-def fastest(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
+def fastest(run: Callable[[], Any]) -> float:
     """Seconds of the fastest of some runs, after one to warm up: what a quiet machine takes."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(_REPEATS + 1):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
-def forward_seconds(program: Program, repeats: int = 3) -> float:
-    """Seconds of one forward pass of a program on its example inputs."""
-    return fastest(lambda: program.run(None, **program.example), repeats)
+class _Timed(fx.Interpreter):
+    """A pass that notes the seconds of every call."""
+
+    def __init__(self, program: Program):
+        super().__init__(program.graph_module)
+        self._program = program
+        self._seconds: list[float] = []
+
+    def seconds(self) -> FloatArray:
+        """Of the calls of one pass on the example inputs, in the order of the graph."""
+        self._seconds = []
+        with torch.no_grad():
+            self.run(*self._program.arguments(None, self._program.example))
+        return np.array(self._seconds)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = super().call_function(target, args, kwargs)
+        self._seconds.append(time.perf_counter() - start)
+        return result
+
+
+def call_seconds(program: Program) -> dict[fx.Node, float]:
+    """Seconds of every call of a program on its example inputs, each the fastest of some passes.
+
+    So a machine with other work, on which no whole pass is undisturbed, comes to the same.
+    """
+    passes = _Timed(program)
+    taken = [passes.seconds() for _ in range(_REPEATS + 1)][1:]
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    return dict(zip(calls, np.min(taken, axis=0).tolist(), strict=True))
 
 
 def paired_ratio(before: Program, after: Program, pairs: int = 5) -> tuple[float, float]:
     """Time of one program over that of another, measured in turn.
 
     Returns:
-        The median of the pairs' ratios, and half the spread between the quartiles over it: how
-        far the machine lets it be trusted.
+        The ratio, every call at its fastest, and half the spread between the quartiles of the
+        pairs' ratios over their median: how disturbed the machine was.
     """
-    ratios = [forward_seconds(after, 1) / forward_seconds(before, 1) for _ in range(pairs)]
-    low, high = np.percentile(ratios, [25, 75])
-    return float(median(ratios)), float((high - low) / 2 / median(ratios))
+    both = _Timed(before), _Timed(after)
+    turns = [[passes.seconds() for passes in both] for _ in range(pairs + 1)][1:]
+    ratios = [late.sum() / early.sum() for early, late in turns]
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    early, late = (float(np.min(p, axis=0).sum()) for p in zip(*turns, strict=True))
+    return late / early, float((high - low) / 2 / middle)
