@@ -8,16 +8,13 @@ A package adds a plug-in by declaring it; prunec's own pyproject.toml is the exa
 
 from __future__ import annotations
 
-import inspect
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cache, wraps
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from types import FunctionType
 from typing import Any
 
-from prunec.errors import PluginError, PrunecError
+from prunec.errors import PluginError
 
 GROUPS = (
     "importance",
@@ -64,91 +61,6 @@ def plugin(group: str, name: str) -> Any:
             where=f"{_package(entry)}: {entry.value}",
             fix="reinstall or repair that package",
         ) from error
-
-
-def guarded(made: type, called: str, interface: type, returns: Mapping[str, type]) -> type:
-    """A plug-in's class whose methods say whose they are where they fail.
-
-    Args:
-        called: what a message names it by.
-        interface: the Protocol that it implements.
-        returns: by method what comes back.
-
-    Raises:
-        PluginError: it lacks an attribute, or a method cannot be called as the interface's.
-    """
-    public = [
-        n
-        for n in {**inspect.get_annotations(interface), **vars(interface)}
-        if not n.startswith("_")
-    ]
-    methods = {name: vars(interface).get(name) for name in public}
-    told: dict[str, Any] = {}
-    for name, model in methods.items():
-        own = getattr(made, name, None)
-        if isinstance(model, FunctionType):
-            if not callable(own) or not _takes(own, model):
-                raise PluginError(
-                    f"{called} has no method {name} that can be called as it has to be",
-                    where=f"{made.__module__}.{made.__qualname__}",
-                    fix=f"def {name}({', '.join(_written(model))})",
-                )
-            told[name] = _telling(own, called, returns.get(name, object))
-        elif not hasattr(made, name) and name not in getattr(made, "__dataclass_fields__", {}):
-            raise PluginError(
-                f"{called} has no attribute {name!r}",
-                where=f"{made.__module__}.{made.__qualname__}",
-                fix=f"it needs: {', '.join(public)}",
-            )
-    named = {name: getattr(made, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(made.__name__, (made,), {**named, **told})
-
-
-def _written(model: FunctionType) -> list[str]:
-    """A method's parameters as a definition has them, without their types."""
-    given = [p.replace(annotation=p.empty) for p in inspect.signature(model).parameters.values()]
-    named = [str(p) for p in given if p.kind is p.KEYWORD_ONLY]
-    return [str(p) for p in given if p.kind is not p.KEYWORD_ONLY] + (
-        ["*", *named] if named else []
-    )
-
-
-def _takes(own: Callable[..., Any], model: FunctionType) -> bool:
-    """Whether a method can be called as another is: by position, and by name what has to be."""
-    given = inspect.signature(model).parameters.values()
-    named = {p.name: None for p in given if p.kind is p.KEYWORD_ONLY}
-    try:
-        inspect.signature(own).bind(*[None] * (len(given) - len(named)), **named)
-    except TypeError:
-        return False
-    return True
-
-
-def _telling(own: Callable[..., Any], called: str, returned: type) -> Callable[..., Any]:
-    """A method that raises nothing but errors of prunec and of the machine."""
-
-    @wraps(own)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        try:
-            result = own(*args, **kwargs)
-        except (PrunecError, OSError, MemoryError):
-            raise
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [f for f in frames if f.filename == inspect.getsourcefile(own)] or frames
-            raise PluginError(
-                f"{called} fails: {type(error).__name__}: {error}",
-                where=f"{lines[-1].filename}:{lines[-1].lineno}  {lines[-1].line}",
-                fix="repair that package",
-            ) from error
-        if not isinstance(result, returned):
-            raise PluginError(
-                f"{called}: {own.__name__} returns a {type(result).__name__}",
-                fix=f"return a {returned.__name__}",
-            )
-        return result
-
-    return method
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from prunec import registry
+from prunec.contract import Contract
 from prunec.errors import PlanError, PluginError
 from prunec.graph.kinds import KINDS
 from prunec.passes.shallow import DEPTH_KINDS
@@ -21,8 +22,6 @@ from prunec.registry import nearest
 from prunec.settings import read_settings
 
 Scalar = str | int | float | bool | None
-Implied = tuple[type, Mapping[str, type]]
-"""The Protocol that plug-ins of a group implement, and by method what comes back."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Part:
         inner = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.name}{{{inner}}}" if inner else self.name
 
-    def build(self, group: str, implied: Implied | None = None) -> Any:
+    def build(self, group: str, contract: Contract | None = None) -> Any:
         """The plug-in with these options.
 
         Args:
-            implied: what it implements, of a group that none of a recipe's parts is of.
+            contract: what it has to be, of a group that none of a recipe's parts is of.
 
         Raises:
             PluginError: no plug-in of that name, one that is no dataclass, or one that lacks what
@@ -67,7 +66,7 @@ class Part:
                 raise PlanError(f"{group} {self.name}: {key}={value!r} is not possible", fix=wanted)
         if made.__module__.partition(".")[0] != "prunec":
             called = f"the {group} plug-in {self.name!r}"
-            made = registry.guarded(made, called, *(implied or _implied(group, made)))
+            made = (contract or _contract(group, made)).hold(made, called)
         try:
             return made(**self.options)
         except TypeError as error:
@@ -265,8 +264,8 @@ def _changed(part: Part, option: str, value: Any) -> Part:
     return part if value == part.name else Part(str(value), {})
 
 
-def _implied(group: str, made: type) -> Implied:
-    """What a plug-in of a group implements, and what its methods return."""
+def _contract(group: str, made: type) -> Contract:
+    """What a plug-in of a group has to be."""
     from prunec.importance.curves import Criterion, RemovalCurve
     from prunec.importance.influence import DepthCriterion
     from prunec.passes.allocation.uniform import Allocation
@@ -275,14 +274,13 @@ def _implied(group: str, made: type) -> Implied:
     from prunec.passes.plan import Plan
 
     if group == "importance" and hasattr(made, "removals"):
-        return DepthCriterion, {}
-    table: Mapping[str, Implied] = {
-        "importance": (Criterion, {"rank": RemovalCurve}),
-        "allocation": (Allocation, {"shares": Mapping}),
-        "compensation": (Compensation, {"compensate": Mended}),
-        "passes": (Pass, {"plan": Plan}),
-    }
-    return table[group]
+        return Contract(DepthCriterion)
+    return {
+        "importance": Contract(Criterion, {"rank": RemovalCurve}),
+        "allocation": Contract(Allocation, {"shares": Mapping}),
+        "compensation": Contract(Compensation, {"compensate": Mended}),
+        "passes": Contract(Pass, {"plan": Plan}),
+    }[group]
 
 
 def _hints(made: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, cast
 
 from prunec.codegen.directory import require_space, staged, staged_file
 from prunec.codegen.exporters.source import ModelDirectory
+from prunec.contract import Contract
 from prunec.errors import ExportError
 from prunec.events import Progress, silent
 from prunec.models.quiet import quiet
@@ -142,8 +143,8 @@ def export(
 
 
 def _exporter(name: str, settings: Mapping[str, Any]) -> Exporter:
-    returns = {"can_express": Sequence, "write": Sequence, "check": Finding}
-    return cast(Exporter, Part(name, settings).build("exporters", (Exporter, returns)))
+    held = Contract(Exporter, {"can_express": Sequence, "write": Sequence, "check": Finding})
+    return cast(Exporter, Part(name, settings).build("exporters", held))
 
 
 def _check_apart(directory: Path, out: Path) -> None:
