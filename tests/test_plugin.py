@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from plugins import installed
 from tiny_model import VOCABULARY, tiny_llama
 
 import prunec
@@ -18,18 +18,9 @@ PLUGIN = Path(__file__).parent / "plugin"
 
 
 @pytest.fixture
-def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--no-deps", "--no-index", "--no-build-isolation", "--target", tmp_path, PLUGIN),
-        ],
-        check=True,
-    )
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    registry._declared.cache_clear()
-    yield
-    registry._declared.cache_clear()
+def _installed(tmp_path: Path) -> Iterator[None]:
+    with installed(PLUGIN, tmp_path):
+        yield
 
 
 @pytest.mark.usefixtures("_installed")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from plugins import installed
 from torch import Tensor, nn
 
 import prunec
-from prunec import registry
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin_importance"
 
@@ -37,18 +36,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--no-deps", "--no-index", "--no-build-isolation", "--target", tmp_path, EXAMPLE),
-        ],
-        check=True,
-    )
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    registry._declared.cache_clear()
-    yield
-    registry._declared.cache_clear()
+def _installed(tmp_path: Path) -> Iterator[None]:
+    with installed(EXAMPLE, tmp_path):
+        yield
 
 
 @pytest.mark.usefixtures("_installed")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from plugins import installed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prunec
-from prunec import registry
 from prunec.errors import PlanError, PluginError
 from prunec.passes.recipe import Recipe, load_recipe
 from prunec.passes.targets.constraints import Constraints
@@ -23,18 +22,9 @@ BATCH = {"input_ids": torch.arange(24).reshape(2, 12)}
 
 
 @pytest.fixture
-def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--no-deps", "--no-index", "--no-build-isolation", "--target", tmp_path, EXAMPLE),
-        ],
-        check=True,
-    )
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    registry._declared.cache_clear()
-    yield
-    registry._declared.cache_clear()
+def _installed(tmp_path: Path) -> Iterator[None]:
+    with installed(EXAMPLE, tmp_path):
+        yield
 
 
 def gpt2() -> GPT2LMHeadModel:

@@ -16,6 +16,12 @@ from prunec import registry
 from prunec.contract import Contract
 from prunec.errors import PlanError, PluginError
 from prunec.graph.kinds import KINDS
+from prunec.importance.curves import Criterion, RemovalCurve
+from prunec.importance.influence import DepthCriterion
+from prunec.passes.allocation.uniform import Allocation
+from prunec.passes.compensation.closed_form import Compensation, Mended
+from prunec.passes.decision import Pass
+from prunec.passes.plan import Plan
 from prunec.passes.shallow import DEPTH_KINDS
 from prunec.passes.targets.constraints import Constraints
 from prunec.registry import nearest
@@ -47,8 +53,7 @@ class Part:
             PlanError: an option it does not have (the nearest is named) or does not accept.
         """
         made = registry.plugin(group, self.name)
-        has_fields = is_dataclass(made)
-        if not has_fields:
+        if not (isinstance(made, type) and is_dataclass(made)):
             raise PluginError(
                 f"the {group} plug-in {self.name!r} is no dataclass",
                 fix="name a class with @dataclass(frozen=True), whose fields are its options",
@@ -187,6 +192,7 @@ class Recipe:
                 raise PlanError(
                     f"a recipe with a pass has no {', '.join(idle)}", where=where, fix=_OF_A_PASS
                 )
+            # Stand-ins, which nothing reads: the other parts are of recipes without a pass.
             data = {"units": ["block"], "importance": "last-first", **data}
         missing = [key for key in ("name", "units", "importance") if key not in data]
         if missing:
@@ -266,13 +272,6 @@ def _changed(part: Part, option: str, value: Any) -> Part:
 
 def _contract(group: str, made: type) -> Contract:
     """What a plug-in of a group has to be."""
-    from prunec.importance.curves import Criterion, RemovalCurve
-    from prunec.importance.influence import DepthCriterion
-    from prunec.passes.allocation.uniform import Allocation
-    from prunec.passes.compensation.closed_form import Compensation, Mended
-    from prunec.passes.decision import Pass
-    from prunec.passes.plan import Plan
-
     if group == "importance" and hasattr(made, "removals"):
         return Contract(DepthCriterion)
     return {

@@ -15,7 +15,7 @@ from prunec.graph.branches import Branch
 from prunec.importance.problem import FloatArray
 from prunec.passes.sites import Site
 from prunec.passes.targets.constraints import Constraints
-from prunec.passes.targets.costs import Measure, Parameters, UnitCounts, added_cost
+from prunec.passes.targets.costs import Measure, Parameters, UnitCounts
 from prunec.passes.targets.goal import Goal, amount
 from prunec.passes.targets.room import Room
 
@@ -55,7 +55,7 @@ class Account:
         cost, held = measure.at(site, {}), round(sizes.at(site, {}))
         floor = {group.name: constraints.least(group) for group in site.groups}
         steps = {group.name: constraints.step(group) for group in site.groups}
-        added = added_cost(measure, site)
+        added = measure.added(site)
         bounds = [
             _net(cost - measure.at(site, kept), added) for kept in _ends(site, sizes, constraints)
         ]

@@ -33,6 +33,9 @@ class Measure(Protocol):
     def branch(self, site: Site, branch: Branch) -> float:
         """Of a residual branch that ends in the site."""
 
+    def added(self, site: Site) -> float:
+        """Of biases that the model lacks and that are fitted where the site gives units."""
+
 
 class Parameters:
     """Number of parameters, tied ones once.
@@ -124,6 +127,9 @@ class Flops:
         layout = self._coupling.layout
         return sum(node_flops(node, layout, self._fixed) for node in branch.nodes)
 
+    def added(self, site: Site) -> float:
+        return 0.0
+
 
 class KvCache:
     """Bytes that the keys and values of one token take in a cache, over all attentions
@@ -165,6 +171,9 @@ class KvCache:
     def branch(self, site: Site, branch: Branch) -> float:
         return self.at(site, {})
 
+    def added(self, site: Site) -> float:
+        return 0.0
+
     def _bytes(self, heads: Dim, features: Dim, element_size: int, kept: Counts) -> int:
         repeated = {
             leaf.root: 1  # a batch, or query heads that share their keys
@@ -192,11 +201,6 @@ def measure_for(kind: str, coupling: CouplingGraph, fixed: Counts | None = None)
         "memory": Memory,
     }
     return made.get(kind, Parameters)(coupling, fixed)
-
-
-def added_cost(measure: Measure, site: Site) -> float:
-    """What biases cost that the model lacks and that are fitted where the site gives units."""
-    return measure.added(site) if isinstance(measure, Parameters | Memory) else 0.0
 
 
 def _added(coupling: CouplingGraph, site: Site) -> list[tuple[str, str]]:

@@ -68,6 +68,9 @@ class LatencyMeasure:
     def branch(self, site: Site, branch: Branch) -> float:
         return self.at(site, {})
 
+    def added(self, site: Site) -> float:
+        return 0.0
+
     def _seconds(self, site: Site, counts: Mapping[str, int]) -> float:
         selection = Selection(
             {group.dim: Keep(np.arange(group.size) < counts[group.name]) for group in site.groups}
