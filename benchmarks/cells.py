@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import sqrt
-from statistics import fmean, stdev
 from typing import Any
 
 from common import read, shared
+
+from prunec.evaluation import Metric
 
 TEXTS = ("c4", "wikipedia")  # to calibrate on, in equal parts
 TASKS = {"local_piqa": "PIQA", "local_arc_easy": "ARC-easy", "local_lambada_openai": "LAMBADA"}
@@ -181,11 +181,10 @@ def differences(table: Table, method: str) -> str:
 
 
 def _difference(mine: dict[str, Any], other: dict[str, Any], task: str) -> str:
-    first, second = (_entries(row, "").get(task, {}).get("outcomes", "") for row in (mine, other))
-    if not first or len(first) != len(second):
-        return ""
-    each = [int(a) - int(b) for a, b in zip(first, second, strict=True)]
-    return f"{100 * fmean(each):+.1f} ± {100 * stdev(each) / sqrt(len(each)):.1f}"
+    digits = [_entries(row, "").get(task, {}).get("outcomes", "") for row in (mine, other)]
+    first, second = (Metric(task, 0.0, outcomes=tuple(map(float, each))) for each in digits)
+    found = first.difference(second)
+    return f"{100 * found.value:+.1f} ± {100 * (found.stderr or 0.0):.1f}" if found else ""
 
 
 def _accuracy(row: dict[str, Any], task: str, prefix: str) -> str:

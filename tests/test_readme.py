@@ -47,6 +47,8 @@ def test_the_tables_of_the_readme_are_what_was_measured(monkeypatch: pytest.Monk
         table = cells.markdown(cells.Table(protocol))
         assert table.count("\n") > 5
         assert table in TEXT, protocol.name
+    paired = cells.differences(cells.Table(cells.Protocol("smollm2", 32, 512, 1024, 20)), "auto")
+    assert paired in (README.parent / "docs" / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
